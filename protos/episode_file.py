@@ -1,0 +1,129 @@
+"""Episodes on disk: records appended as they happen, a checksummed footer at the end; a file is whole or absent.
+
+Layout: MAGIC, then per record `u32 length, bytes`, then the footer `u32 END, u32 number of records, u32 CRC-32 of
+everything before the footer`.  All integers are little-endian.  While an episode is open its file is called
+`<name>.episode.partial`; finish() syncs it and renames it, so that a reader never sees half an episode.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from protos import episode_pb2
+
+MAGIC = b"VLARLEP1"
+END = 0xFFFFFFFF
+SUFFIX = ".episode"
+PARTIAL_SUFFIX = ".episode.partial"
+
+
+class DamagedEpisode(ValueError):
+    """A file that is not a whole episode.  The message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """A whole episode.  `ticks` are in the order they were executed, over all decisions."""
+
+    start: episode_pb2.EpisodeStart
+    decisions: list[episode_pb2.Decision]
+    ticks: list[episode_pb2.Tick]
+    end: episode_pb2.EpisodeEnd
+
+
+class EpisodeWriter:
+    """Appends the records of one episode.
+
+    path is the final name and ends in `.episode`.  Each append reaches the operating system before it returns; finish()
+    returns after sync and rename.  Raises OSError when the disk refuses.
+    """
+
+    def __init__(self, path: Path, start: episode_pb2.EpisodeStart):
+        if path.suffix != SUFFIX:
+            raise ValueError(f"an episode file must end in {SUFFIX!r}, got {path.name!r}")
+        self.path = path
+        self._partial = path.with_suffix(PARTIAL_SUFFIX)
+        self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115 (closed by finish or discard)
+        self._crc = 0
+        self._records = 0
+        self._write(MAGIC)
+        self._append(episode_pb2.EpisodeRecord(start=start))
+
+    def decision(self, decision: episode_pb2.Decision) -> None:
+        self._append(episode_pb2.EpisodeRecord(decision=decision))
+
+    def executed(self, ticks: list[episode_pb2.Tick]) -> None:
+        if ticks:
+            self._append(episode_pb2.EpisodeRecord(executed=episode_pb2.Executed(ticks=ticks)))
+
+    def finish(self, end: episode_pb2.EpisodeEnd) -> None:
+        """Writes the end and the footer, syncs, renames: after this the episode survives a power cut."""
+        self._append(episode_pb2.EpisodeRecord(end=end))
+        self._file.write(struct.pack("<III", END, self._records, self._crc))
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Drops the episode; nothing of it remains on disk."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _append(self, record: episode_pb2.EpisodeRecord) -> None:
+        data = record.SerializeToString()
+        self._write(struct.pack("<I", len(data)) + data)
+        self._records += 1
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # an unbuffered write may be short
+            view = view[self._file.write(view) :]
+        self._crc = zlib.crc32(data, self._crc)
+
+
+def read_episode(path: Path) -> Episode:
+    """The whole episode at path.  Raises DamagedEpisode when the file is cut, altered or not an episode."""
+    records = list(_records(path, path.read_bytes()))
+    kinds = [record.WhichOneof("record") for record in records]
+    if len(kinds) < 2 or kinds[0] != "start" or kinds[-1] != "end" or {"start", "end"} & set(kinds[1:-1]):
+        raise DamagedEpisode(f"{path.name}: records must be start, decisions and executed ticks, end; got {kinds[:1]}...{kinds[-1:]}")
+    return Episode(
+        start=records[0].start,
+        decisions=[record.decision for record in records if record.HasField("decision")],
+        ticks=[tick for record in records if record.HasField("executed") for tick in record.executed.ticks],
+        end=records[-1].end,
+    )
+
+
+def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:
+    if not data.startswith(MAGIC):
+        raise DamagedEpisode(f"{path.name}: not an episode file (starts with {data[:8]!r}, expected {MAGIC!r})")
+    footer = len(data) - 12
+    if footer < len(MAGIC):
+        raise DamagedEpisode(f"{path.name}: cut after {len(data)} bytes, there is no footer")
+    end, count, crc = struct.unpack_from("<III", data, footer)
+    if end != END or crc != zlib.crc32(memoryview(data)[:footer]):
+        raise DamagedEpisode(f"{path.name}: checksum does not match its {len(data)} bytes: cut or altered")
+    position, seen = len(MAGIC), 0
+    while position < footer:
+        (length,) = struct.unpack_from("<I", data, position)
+        position += 4
+        try:
+            yield episode_pb2.EpisodeRecord.FromString(data[position : position + length])
+        except DecodeError as error:
+            raise DamagedEpisode(f"{path.name}: record {seen} is not an EpisodeRecord: {error}") from error
+        position, seen = position + length, seen + 1
+    if seen != count:
+        raise DamagedEpisode(f"{path.name}: holds {seen} records, its footer says {count}")
