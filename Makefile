@@ -1,0 +1,68 @@
+# Every target sets up what it needs in .venv, on a machine that has only Python 3.10+ and make.
+#   make serve [ARGS="--model DIR ..."]   the policy server on the embedded default model
+#   make test                             the whole test suite
+#   make demo                             server + simulated arm + a picture of what it does
+#   make check                            lint, format, types, import contracts, generated code
+
+PYTHON ?= python3
+BIN    := .venv/bin
+# The CPU build where only that is to be had, the CUDA build elsewhere.
+TORCH  ?= torch==2.13.0
+# LIBERO's environments without the training stack that its metadata asks for.
+LIBERO := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+
+serve: .venv/server.done
+	$(BIN)/python -m policy_server serve $(ARGS)
+
+test: .venv/dev.done
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: .venv/sim.done
+	$(BIN)/python -m sim demo $(ARGS)
+
+check: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(MAKE) protos
+	git diff --exit-code -- "protos/*_pb2*"
+
+# The oldest generator that any supported environment accepts, in an environment of its own.
+protos: .venv/protoc.done
+	.venv/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protos/*.proto
+	.venv/protoc/bin/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/policy.proto
+
+.venv/base.done: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/server.done: .venv/base.done
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e '.[server]'
+	@touch $@
+
+.venv/sim.done: .venv/server.done | osmesa
+	$(BIN)/python -m pip install --quiet -e '.[sim]'
+	$(BIN)/python -m pip install --quiet --no-deps $(LIBERO)
+	@touch $@
+
+.venv/dev.done: .venv/sim.done
+	$(BIN)/python -m pip install --quiet -e '.[trainer,dev]'
+	@touch $@
+
+.venv/protoc.done:
+	$(PYTHON) -m venv .venv/protoc
+	.venv/protoc/bin/python -m pip install --quiet 'grpcio-tools==1.62.3' 'setuptools<81'
+	@touch $@
+
+# Software rendering for a Linux machine with neither GPU nor screen.
+osmesa:
+	@[ "$$(uname)" != Linux ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q libOSMesa \
+	  || { [ "$$(id -u)" = 0 ] && (apt-get install -y -qq libosmesa6 || (apt-get update -qq && apt-get install -y -qq libosmesa6)) >/dev/null; } \
+	  || sudo -n apt-get install -y -qq libosmesa6 >/dev/null 2>&1 \
+	  || { echo "libOSMesa is missing: install it (Debian, Ubuntu: sudo apt-get install libosmesa6), then run make again"; exit 1; }
+
+.PHONY: serve test demo check protos osmesa
