@@ -1,0 +1,41 @@
+"""Initial states of LIBERO tasks: the fixed ones of the package, read without torch."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from functools import lru_cache
+
+import numpy as np
+
+from sim import assets
+from sim.suites import Task
+
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"initial states may hold numpy arrays only, got {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+@lru_cache(maxsize=16)
+def fixed_states(task: Task) -> np.ndarray:
+    """LIBERO's fixed initial states of a task, (50, 1 + nq + nv): time, positions, velocities."""
+    path = assets.libero_root() / "init_files" / task.suite / f"{task.name}.pruned_init"
+    with zipfile.ZipFile(path) as archive:  # torch's zip layout: the whole array lies in data.pkl
+        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        states = _ArrayUnpickler(io.BytesIO(archive.read(member))).load()
+    states.setflags(write=False)
+    return states

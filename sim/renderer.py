@@ -1,0 +1,50 @@
+"""Off-screen rendering of one model, with the settings of robosuite's own cameras."""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+
+MAX_GEOMS = 1000
+COLLISION_GROUP, VISUAL_GROUP = 0, 1
+
+
+class SceneRenderer:
+    """Draws any MjData of one model; pixels equal robosuite's, turned upright."""
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self._model = model
+        self._gl = mujoco.GLContext(model.vis.global_.offwidth, model.vis.global_.offheight)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[COLLISION_GROUP] = 0
+        self._options.geomgroup[VISUAL_GROUP] = 1
+        self._perturb = mujoco.MjvPerturb()
+
+    def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
+        """uint8 (height, width, 3), upright.  ValueError names the cameras there are."""
+        camera_id = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if camera_id < 0:
+            names = [self._model.camera(i).name for i in range(self._model.ncam)]
+            raise ValueError(f"camera must be one of {names}, got {camera!r}")
+        self._camera.fixedcamid = camera_id
+        self._gl.make_current()
+        mujoco.mjv_updateScene(
+            self._model, data, self._options, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        viewport = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(viewport, self._scene, self._context)
+        image = np.empty((height, width, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(image, None, viewport, self._context)
+        return image[::-1]
+
+    def close(self) -> None:
+        """Free the graphics memory."""
+        self._gl.make_current()
+        self._context.free()
+        self._gl.free()
