@@ -14,6 +14,36 @@ import numpy as np
 
 Outcome = Literal["success", "failure", "error"]
 
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+"""OpenVLA's seven: position delta, rotation delta (axis-angle), gripper (1 = open)."""
+STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_ax", "eef_ay", "eef_az", "finger_left", "finger_right")
+"""LIBERO's eight: end-effector position (m) and axis-angle (rad), finger positions (m)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """A box that the end effector must not leave."""
+
+    low_m: tuple[float, float, float]
+    high_m: tuple[float, float, float]
+    metres_per_unit: float
+    """How far an action of 1 along x, y or z moves the arm in one tick."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the safety gate lets through to this arm; anything beyond is clipped and recorded."""
+
+    low: tuple[float, ...]
+    """A lower bounds of an action: the step limit of a delta, the range of a gripper."""
+    high: tuple[float, ...]
+    workspace: Workspace | None = None
+    """Needs the actions x, y, z and the state entries eef_x, eef_y, eef_z."""
+
+    def __post_init__(self) -> None:
+        if len(self.low) != len(self.high) or not all(a < b for a, b in zip(self.low, self.high, strict=False)):
+            raise ValueError(f"limits must be low < high in every dimension, got low {self.low}, high {self.high}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSpec:
@@ -28,6 +58,7 @@ class ArmSpec:
     tick_rate_hz: float
     lockstep: bool
     """True when the arm's clock stands still between ticks (a simulator); False for real time."""
+    limits: Limits
     asset_tree: str = ""
     """What a simulator shows on screen; empty for a real arm."""
 
@@ -88,8 +119,8 @@ class Arm(Protocol):
         """Executes one action for one tick; returns float32 (A,) what was really sent, in the same units."""
         ...
 
-    def hold(self) -> None:
-        """Stays where it is for one tick."""
+    def hold(self) -> np.ndarray:
+        """Stays where it is for one tick; returns the action (A,) that amounts to: no motion, the gripper as it was."""
         ...
 
     def close(self) -> None: ...
