@@ -10,32 +10,32 @@ from functools import cached_property
 import mujoco
 import numpy as np
 
-from sim import assets
+from sim import assets, contacts
 from sim.initial_states import fixed_states
+from sim.renderer import SceneRenderer
+from sim.stepping import FastStepper, Registers, Stepper, StockStepper
 from sim.suites import Task
 
 SETTLE_TICKS = 10
-OPEN_GRIPPER = np.array([0, 0, 0, 0, 0, 0, -1.0])
+SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1.0])
 PROTOCOL_SEED = 0
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything a step depends on: restoring it continues the same episode."""
+    """Everything a step and its observation depend on: restoring it continues the same episode."""
 
     physics: np.ndarray
     """mjSTATE_INTEGRATION: time, positions, velocities, warm start, controls"""
     body_pos: np.ndarray
-    """(nbody, 3) body positions of the model; fixtures are placed there, m"""
+    """(nbody, 3) body positions of the model, m: fixtures are placed there"""
     body_quat: np.ndarray
     """(nbody, 4) body orientations of the model"""
-    gripper: np.ndarray
-    """(2,) the gripper's running command"""
-    goal_pos: np.ndarray
-    """(3,) the controller's goal position, m"""
-    goal_ori: np.ndarray
-    """(3, 3) the controller's goal orientation"""
+    site_rgba: np.ndarray
+    """(nsite, 4) colours of sites: a burner glows by one"""
+    control: Registers
+    """the controller's memory and the last sampled observation"""
 
 
 @contextmanager
@@ -50,17 +50,24 @@ def numpy_seed(seed: int) -> Iterator[None]:
 
 
 class Scene:
-    """A task's model, data, controller and lazy renderer.  Not thread-safe; one process may hold several."""
+    """A task's model, data, controller and lazy renderer.  Not thread-safe; one process may hold several.
+
+    `data` holds what the stock simulator's would after the same actions.  `render` and `proprio` show what its
+    observation would: robosuite samples a little before the end of a tick.
+    """
 
     def __init__(self, task: Task, *, fast: bool = True) -> None:
         self.task = task
-        self.fast = fast
         self.env = _build_env(task)
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
+        self._stepper: Stepper = FastStepper(self.env) if fast else StockStepper(self.env)
+        if fast:
+            self.env.check_contact = contacts.ContactCheck(self.env)
         self._robot = self.env.robots[0]
-        self._pristine_pos = self.model.body_pos.copy()
-        self._pristine_quat = self.model.body_quat.copy()
+        self._hand = self.model.body(self._robot.robot_model.eef_name).id
+        self._view = mujoco.MjData(self.model)  # observations are drawn here, leaving `data` untouched
+        self._built_pos, self._built_quat = self.model.body_pos.copy(), self.model.body_quat.copy()
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""
@@ -70,57 +77,61 @@ class Scene:
         self._draw(PROTOCOL_SEED if kind == "" else int(number))
         if kind == "":
             state = fixed_states(self.task)[int(number)]
-            nq = self.model.nq
             self.data.time = state[0]
-            self.data.qpos[:] = state[1 : 1 + nq]
-            self.data.qvel[:] = state[1 + nq :]
+            self.data.qpos[:], self.data.qvel[:] = np.split(state[1:], [self.model.nq])
             mujoco.mj_forward(self.model, self.data)
-        self._after_state_change()
+        self._show_changes()
+        # LIBERO's observables are sampled by force in reset() and again in set_init_state().
+        self._stepper.reset(forced_samples=2 if self.task.simulator == "libero" else 1)
         for _ in range(SETTLE_TICKS):
-            self.step(OPEN_GRIPPER)
+            self.step(SETTLE_ACTION)
 
     def step(self, action: Sequence[float] | np.ndarray) -> bool:
-        """Apply one action (7,) for one 20 Hz tick; True when the task's own success predicate holds."""
-        self.env.step(np.asarray(action, dtype=np.float64))
+        """Apply one environment action (7,) for one 20 Hz tick; True when the task's success predicate holds.
+
+        Entries 0-5 are position and rotation deltas in [-1, 1]; entry 6 opens the gripper at -1, closes it at +1.
+        """
+        command = np.asarray(action, dtype=np.float64)
+        if command.shape != (7,):
+            raise ValueError(f"action must have shape (7,), got {command.shape}")
+        self._show_changes()
+        self._stepper.step(command)
         return bool(self.env._check_success())
 
     def save(self) -> State:
         """A snapshot that `restore` continues from."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
-        controller = self._robot.controller
         return State(
             physics=physics,
             body_pos=self.model.body_pos.copy(),
             body_quat=self.model.body_quat.copy(),
-            gripper=np.array(self._robot.gripper.current_action, dtype=np.float64),
-            goal_pos=np.array(controller.goal_pos),
-            goal_ori=np.array(controller.goal_ori),
+            site_rgba=self.model.site_rgba.copy(),
+            control=self._stepper.save(),
         )
 
     def restore(self, state: State) -> None:
         """Go back to a snapshot of this scene."""
         self.model.body_pos[:] = state.body_pos
         self.model.body_quat[:] = state.body_quat
+        self.model.site_rgba[:] = state.site_rgba
         mujoco.mj_setState(self.model, self.data, state.physics, _STATE)
-        controller = self._robot.controller
-        controller.goal_pos, controller.goal_ori = state.goal_pos.copy(), state.goal_ori.copy()
-        self._robot.gripper.current_action = state.gripper.copy()
-        mujoco.mj_forward(self.model, self.data)
-        self._after_state_change()
+        self._stepper.restore(state.control)
+        mujoco.mj_step1(self.model, self.data)  # positions of bodies and contacts, for whoever reads `data`
 
     def render(self, camera: str, height: int = 256, width: int = 256) -> np.ndarray:
-        """The camera's image, uint8 (height, width, 3), upright."""
-        return self._renderer.render(self.data, camera, height, width)
+        """The camera's image, uint8 (height, width, 3), upright; pixels are those of the stock observation."""
+        self._look()
+        return self._renderer.render(self._view, camera, height, width)
 
     def proprio(self) -> np.ndarray:
         """(8,) float32: end-effector position (m), axis-angle (rad), the two finger positions (m)."""
         from robosuite.utils import transform_utils
 
-        quat = transform_utils.convert_quat(self.env.sim.data.get_body_xquat(self._robot.robot_model.eef_name), "xyzw")
-        eef = self.data.site_xpos[self._robot.eef_site_id]
-        fingers = self.data.qpos[self._robot._ref_gripper_joint_pos_indexes]
-        return np.concatenate([eef, transform_utils.quat2axisangle(quat), fingers]).astype(np.float32)
+        fingers = self._look().observed_fingers_G
+        quat_xyzw = np.roll(self._view.xquat[self._hand], -1)
+        rotation = transform_utils.quat2axisangle(quat_xyzw)
+        return np.concatenate([self._view.site_xpos[self._robot.eef_site_id], rotation, fingers], dtype=np.float32)
 
     def close(self) -> None:
         """Free the renderer; the scene cannot be used afterwards."""
@@ -129,17 +140,24 @@ class Scene:
         self.env.close()
 
     @cached_property
-    def _renderer(self):
-        from sim.renderer import SceneRenderer
-
+    def _renderer(self) -> SceneRenderer:
         return SceneRenderer(self.model)
+
+    def _look(self) -> Registers:
+        """Bring `_view` to the positions that the observation shows."""
+        control = self._stepper.save()
+        self._view.qpos[:] = control.observed_qpos_Q
+        mujoco.mj_kinematics(self.model, self._view)
+        mujoco.mj_comPos(self.model, self._view)
+        mujoco.mj_camlight(self.model, self._view)
+        return control
 
     def _draw(self, seed: int) -> None:
         """Let the environment draw fixture poses and object placements as it does after `seed(seed)`."""
         from robosuite.utils.errors import RandomizationError
 
-        self.model.body_pos[:] = self._pristine_pos
-        self.model.body_quat[:] = self._pristine_quat
+        self.model.body_pos[:] = self._built_pos
+        self.model.body_quat[:] = self._built_quat
         self._robot.gripper.current_action = np.zeros(2)
         with numpy_seed(seed):
             while True:
@@ -149,9 +167,9 @@ class Scene:
                 except RandomizationError:  # the stock wrapper draws again, from where the generator stands
                     continue
 
-    def _after_state_change(self) -> None:
-        if hasattr(self.env, "_post_process"):
-            self.env._check_success()
+    def _show_changes(self) -> None:
+        """Let LIBERO light or darken a burner by the present state; its own step does so after the observation."""
+        if self.task.simulator == "libero":
             self.env._post_process()
 
 
