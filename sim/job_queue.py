@@ -1,4 +1,4 @@
-"""Jobs that each end exactly once, whoever dies on the way: what to hand out next, what to try again, what to set aside.
+"""Jobs that each end exactly once, whoever dies on the way: what to hand out, what to try again, what to set aside.
 
 Jobs of one group (a task, whose scene costs seconds to build) go to few workers.  When a worker is lost, every job it
 held is a suspect: it is tried again alone, so that a job that kills its worker takes no neighbour with it.  A job that

@@ -72,7 +72,13 @@ def test_a_job_that_kills_its_worker_ends_as_an_error_and_its_neighbours_do_not(
             if job.key != "a2" and len(queue.held(worker)) == 1 and worker:
                 ended.append(queue.finish(worker, job.key, "fine"))
         ended += queue.lose(worker, "killed") if queue.held(worker) else []
-    assert {item.job.key: item.error for item in ended} == {"a2": "killed", "a0": None, "a1": None, "a3": None, "a4": None}
+    assert {item.job.key: item.error for item in ended} == {
+        "a2": "killed",
+        "a0": None,
+        "a1": None,
+        "a3": None,
+        "a4": None,
+    }
     assert queue.quarantined == []
 
 

@@ -97,7 +97,9 @@ def test_jobs_of_all_groups_end_once(tmp_path):
     assert pool.losses == []
 
 
-@pytest.mark.parametrize(("fate", "why"), [("die", "SIGKILL"), ("crash", "SIGSEGV"), ("raise", "a bug in the simulator")])
+@pytest.mark.parametrize(
+    ("fate", "why"), [("die", "SIGKILL"), ("crash", "SIGSEGV"), ("raise", "a bug in the simulator")]
+)
 def test_a_worker_that_dies_is_replaced_and_its_jobs_are_done_again(tmp_path, fate, why):
     ended, pool = run(tmp_path, plan({3: (fate, 1)}))
     assert all(item.error is None for item in ended.values())

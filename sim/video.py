@@ -1,0 +1,64 @@
+"""Episodes as pictures: MP4s, and animations small enough for a web page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CAPTION_PX = 14
+
+
+def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: float) -> None:
+    """uint8 (H, W, 3) frames as H.264; raises OSError when the encoder fails.  Odd sizes are scaled to even ones."""
+    import imageio_ffmpeg  # only where a video is written
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = frames_HW3[0].shape[:2]
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=frames_per_s, codec="libx264", quality=7, macro_block_size=2
+    )
+    writer.send(None)
+    for frame in frames_HW3:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def write_gif(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: float, max_bytes: int) -> None:
+    """The frames as an endless GIF of one palette; every second frame is dropped until it fits into max_bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = list(frames_HW3)
+    while True:
+        # One palette, taken over the whole clip, and no dithering: what stands still costs nothing.
+        sheet = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 12)], axis=0))
+        palette = sheet.quantize(128, method=Image.Quantize.MEDIANCUT)
+        images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        duration_ms = round(1000 / frames_per_s)
+        images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True)
+        if path.stat().st_size <= max_bytes or len(frames) < 4:
+            return
+        frames, frames_per_s = frames[::2], frames_per_s / 2
+
+
+def captioned(frame_HW3: np.ndarray, text: str) -> np.ndarray:
+    """The frame with a line of text on a dark strip below it."""
+    height, width = frame_HW3.shape[:2]
+    picture = Image.new("RGB", (width, height + CAPTION_PX), (20, 20, 28))
+    picture.paste(Image.fromarray(frame_HW3), (0, 0))
+    ImageDraw.Draw(picture).text((3, height + 1), text, fill=(235, 235, 235))
+    return np.asarray(picture)
+
+
+def side_by_side(clips: Sequence[Sequence[np.ndarray]], *, columns: int, hold: int = 0) -> list[np.ndarray]:
+    """Clips of one frame size as one clip in a grid; a clip that is over stands still, and all do for `hold` frames."""
+    length = max(len(clip) for clip in clips) + hold
+    blank = np.zeros_like(clips[0][0])
+    frames = []
+    for index in range(length):
+        cells = [clip[min(index, len(clip) - 1)] for clip in clips]
+        cells += [blank] * (-len(cells) % columns)
+        rows = [np.concatenate(cells[start : start + columns], axis=1) for start in range(0, len(cells), columns)]
+        frames.append(np.concatenate(rows, axis=0))
+    return frames

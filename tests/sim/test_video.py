@@ -1,0 +1,48 @@
+"""Clips keep their frames, their order and their size limit."""
+
+from __future__ import annotations
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+from sim.video import CAPTION_PX, captioned, side_by_side, write_gif, write_mp4
+
+
+def clip(n: int, size: int = 64) -> list[np.ndarray]:
+    """Frames that brighten from black to white."""
+    return [np.full((size, size, 3), round(255 * i / (n - 1)), np.uint8) for i in range(n)]
+
+
+def test_an_mp4_has_every_frame_in_order(tmp_path):
+    write_mp4(tmp_path / "clip.mp4", clip(12), frames_per_s=10)
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "clip.mp4"))
+    assert next(reader)["size"] == (64, 64)
+    means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
+    assert len(means) == 12
+    np.testing.assert_allclose(means, [frame.mean() for frame in clip(12)], atol=6)
+
+
+def test_a_gif_stays_below_its_limit(tmp_path):
+    noise = np.random.default_rng(0)
+    frames = [noise.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(32)]
+    write_gif(tmp_path / "clip.gif", frames, frames_per_s=10, max_bytes=60_000)
+    assert (tmp_path / "clip.gif").stat().st_size <= 60_000
+    with Image.open(tmp_path / "clip.gif") as picture:
+        assert 4 <= picture.n_frames < 32
+
+
+def test_a_caption_leaves_the_picture_alone():
+    frame = clip(3)[1]
+    captioned_frame = captioned(frame, "pick up the bowl")
+    assert captioned_frame.shape == (64 + CAPTION_PX, 64, 3)
+    np.testing.assert_array_equal(captioned_frame[:64], frame)
+    assert captioned_frame[64:].max() > 200
+
+
+def test_a_clip_that_is_over_stands_still_beside_a_longer_one():
+    frames = side_by_side([clip(3), clip(5), clip(2)], columns=2, hold=1)
+    assert len(frames) == 6 and frames[0].shape == (128, 128, 3)
+    np.testing.assert_array_equal(frames[5][:64, :64], clip(3)[2])
+    np.testing.assert_array_equal(frames[4][:64, 64:], clip(5)[4])
+    assert not frames[5][64:, 64:].any()
