@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 CAPTION_PX = 14
 
 
-def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: float) -> None:
+def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: int) -> None:
     """uint8 (H, W, 3) frames as H.264; raises OSError when the encoder fails.  Odd sizes are scaled to even ones."""
     import imageio_ffmpeg  # only where a video is written
 
