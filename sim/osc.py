@@ -225,7 +225,7 @@ def _set_goal(constants, views, registers, delta_pos_3, turn_33, turns):
 
 
 @numba.njit(cache=True)
-def _sample_due(constants, clock_2):
+def sample_due(constants, clock_2):
     """Advance robosuite's observable clock by one substep; True when it samples now (its float sums included)."""
     clock_2[TIME_SINCE_SAMPLE] += constants.timestep_s
     due = clock_2[SAMPLED] == 0.0 and clock_2[TIME_SINCE_SAMPLE] <= constants.sample_period_s
@@ -256,7 +256,7 @@ def tick(constants, views, registers, delta_pos_3, turn_33, turns, gripper_direc
             command = constants.gripper_bias_G[g] + constants.gripper_weight_G[g] * registers.gripper_G[g]
             views.ctrl[constants.gripper_actuator_G[g]] = command
         _mj_step2(constants.model_address, constants.data_address)
-        if _sample_due(constants, registers.clock_2):
+        if sample_due(constants, registers.clock_2):
             registers.observed_qpos_Q[:] = before
             for g in range(2):
                 registers.observed_fingers_G[g] = views.qpos_Q[constants.finger_qpos_G[g]]

@@ -77,6 +77,7 @@ class Pool:
     """`processes` workers, each with the runner that make_runner returns in its own process (spawned, so picklable).
 
     env is set in the children only.  A pool may run several lists of jobs one after the other; its workers live on.
+    setup_s is how long it took until the first of them made a step; losses and quarantined say what went wrong.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Pool:
         self._false_starts = 0
         self.losses: list[Loss] = []
         self.quarantined: list[str] = []
+        self._started = time.monotonic()
+        self.setup_s = 0.0
         self._workers = [self._start() for _ in range(processes)]
 
     def __enter__(self) -> Pool:
@@ -108,6 +111,11 @@ class Pool:
     def pids(self) -> list[int]:
         """Process ids of the workers as they are now."""
         return [worker.pid for worker in self._workers]
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the first worker was started."""
+        return time.monotonic() - self._started
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Finished]:
         """Every job once, as it ends.  Raises PoolError when workers cannot even start."""
@@ -160,6 +168,8 @@ class Pool:
     def _handle(self, worker: _Worker, queue: JobQueue, kind: str, *what: Any) -> Iterator[Finished]:
         if kind == "progress":
             worker.phase = what[0]
+            if worker.phase == "step":
+                self.setup_s = self.setup_s or self.age_s
         elif kind == "want" and what[0] is None:
             self._false_starts = 0
             worker.idle = True

@@ -132,7 +132,10 @@ class Report:
     """what the episodes' own seeds are derived from"""
     processes: int
     slots: int
+    setup_s: float
+    """until the first worker made a step"""
     wall_s: float
+    """from the first worker's start to the last episode's end"""
     planned: int
     """episodes asked for; fewer are in the report only when it was interrupted"""
     workers_lost: tuple[dict[str, Any], ...] = ()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from sim import assets, contacts
 from sim.initial_states import fixed_states
+from sim.placement import Placement
 from sim.renderer import SceneRenderer
 from sim.stepping import FastStepper, Registers, Stepper, StockStepper
 from sim.suites import Task
@@ -38,17 +38,6 @@ class State:
     """the controller's memory and the last sampled observation"""
 
 
-@contextmanager
-def numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, which LIBERO and robosuite draw from, and put it back afterwards."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
 class Scene:
     """A task's model, data, controller and lazy renderer.  Not thread-safe; one process may hold several.
 
@@ -67,19 +56,22 @@ class Scene:
         self._robot = self.env.robots[0]
         self._hand = self.model.body(self._robot.robot_model.eef_name).id
         self._view = mujoco.MjData(self.model)  # observations are drawn here, leaving `data` untouched
-        self._built_pos, self._built_quat = self.model.body_pos.copy(), self.model.body_quat.copy()
+        self._placement = Placement(self.env)
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""
         kind, _, number = state_id.rpartition(":")
         if not number.isdigit() or kind not in ("", "fresh", "seed"):
             raise ValueError(f'initial state must be like "17", "fresh:3" or "seed:1017", got {state_id!r}')
-        self._draw(PROTOCOL_SEED if kind == "" else int(number))
         if kind == "":
+            # The protocol seeds once and resets before each of its episodes: fixtures stand differently in each.
+            self._placement.draw(PROTOCOL_SEED, resets=int(number) + 1)
             state = fixed_states(self.task)[int(number)]
             self.data.time = state[0]
             self.data.qpos[:], self.data.qvel[:] = np.split(state[1:], [self.model.nq])
             mujoco.mj_forward(self.model, self.data)
+        else:
+            self._placement.draw(int(number))
         self._show_changes()
         # LIBERO's observables are sampled by force in reset() and again in set_init_state().
         self._stepper.reset(forced_samples=2 if self.task.simulator == "libero" else 1)
@@ -151,21 +143,6 @@ class Scene:
         mujoco.mj_comPos(self.model, self._view)
         mujoco.mj_camlight(self.model, self._view)
         return control
-
-    def _draw(self, seed: int) -> None:
-        """Let the environment draw fixture poses and object placements as it does after `seed(seed)`."""
-        from robosuite.utils.errors import RandomizationError
-
-        self.model.body_pos[:] = self._built_pos
-        self.model.body_quat[:] = self._built_quat
-        self._robot.gripper.current_action = np.zeros(2)
-        with numpy_seed(seed):
-            while True:
-                try:
-                    self.env.reset()
-                    return
-                except RandomizationError:  # the stock wrapper draws again, from where the generator stands
-                    continue
 
     def _show_changes(self) -> None:
         """Let LIBERO light or darken a burner by the present state; its own step does so after the observation."""

@@ -56,7 +56,8 @@ class FastStepper:
         from sim import osc  # numba and the C library, only where something steps
 
         self._env = env
-        self._tick = osc.tick
+        self._tick, self._sample_due = osc.tick, osc.sample_due
+        self._just_reset = False
         self._constants = _constants(env, osc)
         self._scale = np.array(env.robots[0].controller.output_max, dtype=np.float64)
         model, data = env.sim.model._model, env.sim.data._data
@@ -78,16 +79,30 @@ class FastStepper:
     def reset(self, forced_samples: int) -> None:
         """See Stepper."""
         self.restore(_fresh_registers(self._env, forced_samples))
+        self._just_reset = True
 
     def step(self, action: np.ndarray) -> None:
         """See Stepper."""
         from robosuite.utils import transform_utils
 
+        if self._just_reset:
+            self._just_reset = False
+            return self._first_step(action)
         delta = np.clip(action[:6], -1.0, 1.0) * self._scale
         turns = bool(np.any(delta[ROTATION] != 0.0))
         turn = transform_utils.quat2mat(transform_utils.axisangle2quat(delta[ROTATION])) if turns else np.eye(3)
         direction = float(np.sign(action[GRIPPER]))
         self._tick(self._constants, self._views, self._registers, delta[:3], turn, turns, direction)
+        return None
+
+    def _first_step(self, action: np.ndarray) -> None:
+        """robosuite's own step: its controller's first command still uses the pose before the state was set."""
+        self._env.step(action)
+        clock = self._registers.clock_2
+        for _ in range(self._constants.substeps):
+            self._sample_due(self._constants, clock)
+        gripper = np.array(self._env.robots[0].gripper.current_action, dtype=np.float64)
+        self.restore(_fresh_registers(self._env, 0)._replace(clock_2=clock, gripper_G=gripper))
 
     def save(self) -> Registers:
         """See Stepper."""

@@ -1,0 +1,43 @@
+"""`python -m sim evaluate | demo | demos`: measure a served policy, watch it, record scripted demonstrations."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+
+from robot_client.errors import RobotError
+from sim import demo, demos, evaluate
+from sim.assets import SimulatorUnavailable
+from sim.pool import PoolError
+
+COMMANDS: dict[type, Callable[..., int | None]] = {
+    evaluate.EvaluateConfig: evaluate.main,
+    demo.DemoConfig: demo.main,
+    demos.DemosConfig: demos.record_demos,
+}
+
+
+def main() -> int:
+    """Parses the command line and runs the command; 2 for what the user can put right."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    config = tyro.cli(
+        Annotated[evaluate.EvaluateConfig, tyro.conf.subcommand("evaluate")]
+        | Annotated[demo.DemoConfig, tyro.conf.subcommand("demo")]
+        | Annotated[demos.DemosConfig, tyro.conf.subcommand("demos")],
+        prog="python -m sim",
+        description=__doc__,
+    )
+    logging.info("%s", config)
+    try:
+        return COMMANDS[type(config)](config) or 0
+    except (RobotError, SimulatorUnavailable, PoolError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A picture of a policy at work: a few simulated episodes over the network, rendered smoothly, as MP4 and animation."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from robot_client.drivers import run_lockstep
+from robot_client.episode import Observer
+
+from protos import episode_pb2
+from robot_client.arm import ArmState, Task
+from robot_client.client import PolicyClient
+from robot_client.errors import PolicyError
+from robot_client.rollout import EpisodeResult, Rollout
+from sim import assets
+from sim.evaluate import episode_seed
+from sim.libero_arm import LiberoArm
+from sim.scene import Scene
+from sim.suites import Task as SuiteTask
+from sim.suites import find_task
+from sim.video import captioned, side_by_side, write_gif, write_mp4
+
+logger = logging.getLogger(__name__)
+
+TICK_RATE_HZ = 20
+HOLD_S = 1.0
+"""How long the last frame stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Runs a policy on a few tasks and shows what it does."""
+
+    server: str = ""
+    """HOST:PORT of a policy server; none given: one is started with the embedded default model."""
+    tasks: tuple[str, ...] = ()
+    """Tasks such as libero_object/0, one episode each; none given: three of LIBERO's, or robosuite's without LIBERO."""
+    state: int = 40
+    """Which initial state; by default the first that the model was never trained on."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    frame_every: int = 2
+    """Ticks between two frames."""
+    size_px: int = 192
+    """Side of each episode's picture."""
+    max_bytes: int = 1_900_000
+    """Limit for the animation."""
+    out: Path = Path("runs/demo")
+    """Writes <out>.gif and <out>.mp4."""
+
+
+def main(config: DemoConfig) -> int:
+    """Runs the episodes, writes the pictures, says how it went."""
+    tasks = [find_task(task) for task in config.tasks or default_tasks()]
+    clips = []
+    with served(config.server) as address, PolicyClient(address) as client:
+        sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
+        for task in tasks:
+            clip, result = film(task, config, client, sizes)
+            clips.append(clip)
+            print(f"{task.id}: {task.instruction}: {result.outcome} after {result.ticks} ticks {result.message}")
+    frames_per_s = round(TICK_RATE_HZ / config.frame_every)
+    frames = side_by_side(clips, columns=min(3, len(clips)), hold=round(HOLD_S * frames_per_s))
+    write_mp4(config.out.with_suffix(".mp4"), frames, frames_per_s=frames_per_s)
+    write_gif(config.out.with_suffix(".gif"), frames, frames_per_s=frames_per_s, max_bytes=config.max_bytes)
+    print(f"watch {config.out.with_suffix('.gif')} or {config.out.with_suffix('.mp4')}")
+    return 0
+
+
+def default_tasks() -> tuple[str, ...]:
+    """Three tasks that can be built on this machine."""
+    if assets.has_libero():
+        return ("libero_object/0", "libero_object/1", "libero_object/2")
+    return ("robosuite/0",)
+
+
+def film(
+    task: SuiteTask, config: DemoConfig, client: PolicyClient, sizes: dict[str, tuple[int, int]]
+) -> tuple[list[np.ndarray], EpisodeResult]:
+    """One episode of the task and its frames."""
+    state = f"seed:{2000 + config.state}" if task.simulator == "robosuite" else str(config.state)
+    rollout = Rollout(
+        task=Task(name=task.id, instruction=task.instruction, initial_state=state, max_ticks=task.max_ticks),
+        seed=episode_seed(0, task.id, state),
+        temperature=config.temperature,
+        purpose="evaluate",
+    )
+    scene = Scene(task)
+    camera = Camera(scene, task.cameras[0], config.size_px, every=config.frame_every)
+    arm = LiberoArm(scene=scene, image_sizes=sizes)
+    try:
+        (result,) = run_lockstep([arm], [rollout], client, observers=lambda _: [camera])
+    finally:
+        arm.close()
+    caption = f"{task.instruction}"[: config.size_px // 6]
+    return [captioned(frame, caption) for frame in camera.frames], result
+
+
+class Camera(Observer):
+    """Renders the scene at every few ticks, beside what the policy sees."""
+
+    def __init__(self, scene: Scene, camera: str, size_px: int, *, every: int):
+        self._scene, self._camera, self._size_px, self._every = scene, camera, size_px, every
+        self.frames: list[np.ndarray] = []
+
+    def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
+        if state.tick % self._every == 0:
+            self.frames.append(self._scene.render(self._camera, self._size_px, self._size_px))
+
+
+@contextmanager
+def served(server: str, *, patience_s: float = 120.0) -> Iterator[str]:
+    """The address of a server that answers: the one given, or a child process with the embedded default model."""
+    if server:
+        yield server
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    print("starting a policy server ...", flush=True)
+    child = subprocess.Popen([sys.executable, "-m", "policy_server", "serve", "--port", str(port)])
+    try:
+        _wait_until_it_answers(child, address, patience_s)
+        yield address
+    finally:
+        child.terminate()
+        child.wait(30)
+
+
+def _wait_until_it_answers(child: subprocess.Popen, address: str, patience_s: float) -> None:
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            with PolicyClient(address, deadline_s=2.0) as client:
+                client.spec()
+            return
+        except PolicyError as error:
+            if child.poll() is not None:
+                raise SystemExit(f"the policy server ended with code {child.returncode}") from error
+            if time.monotonic() > give_up:
+                raise SystemExit(f"the policy server did not answer within {patience_s:.0f} s: {error}") from error
+            time.sleep(0.2)

@@ -1,0 +1,228 @@
+"""Evaluation over the network: a suite's tasks and initial states, run by supervised workers against a live server."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from robot_client.arm import Task
+from robot_client.client import PolicyClient
+from robot_client.rollout import Rollout
+from robot_client.spec import PolicySpec
+from sim import assets
+from sim.job_queue import Finished
+from sim.pool import Deadlines, Pool
+from sim.report import EpisodeRecord, Report, rate_of
+from sim.scenes import default_budget_gb
+from sim.suites import Suite, find_suite
+from sim.worker import WorkerConfig, job_of, make_runner
+
+logger = logging.getLogger(__name__)
+
+Protocol = Literal["paper", "held_out", "fresh", "train", "tune"]
+PROTOCOL_NOTES = {
+    "paper": "training states included",
+    "held_out": "never trained or tuned on",
+    "fresh": "drawn anew from stated seeds, never trained or tuned on",
+    "train": "TRAINING STATES",
+    "tune": "states that choices are made on",
+}
+# One thread a process: workers share the cores with each other and with the server.
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures a served policy's success rate in simulation."""
+
+    server: str = "localhost:50051"
+    """HOST:PORT of the policy server."""
+    suite: str = "libero_object"
+    """libero_spatial, libero_object, libero_goal, libero_10, libero_90 or robosuite."""
+    tasks: tuple[int, ...] = ()
+    """Indices of the suite's tasks; none given: all."""
+    protocol: Protocol = "held_out"
+    """Which initial states: paper (LIBERO's 50), held_out (40-49), fresh (our list of new draws), train, tune."""
+    episodes_per_task: int = 0
+    """Use only the first so many states of the protocol's list; 0: all."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Episodes sample from streams derived from this seed, their task and their state."""
+    version: int | None = None
+    """A version the server names; none given: the live one, the same for all episodes."""
+    processes: int = 2
+    """Simulator workers; one a core."""
+    slots: int = 4
+    """Episodes interleaved in each worker."""
+    memory_gb: float = 0.0
+    """Memory a worker may fill before it drops scenes, GiB; 0: a share of the machine's."""
+    step_deadline_s: float = 90.0
+    """A worker without progress for so long is killed and replaced."""
+    videos: int = 1
+    """Successes and failures of each task to keep as MP4s, of what the policy saw."""
+    max_error_share: float = 0.02
+    """The exit code is 1 when a larger share of the episodes ended as errors."""
+    out: Path | None = None
+    """Folder of the report; none given: runs/evaluate/<suite>-<protocol>-<sampling>-<time>."""
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("episodes_per_task", "temperature", "videos"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(f"max_error_share must be in [0, 1], got {self.max_error_share}")
+
+
+def episode_seed(seed: int, task: str, initial_state: str) -> int:
+    """An episode's own sampling seed: a function of these three, whatever order episodes run in."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{initial_state}".encode()).digest()[:8], "big") >> 1
+
+
+def plan(config: EvaluateConfig, suite: Suite, version: int) -> list[Rollout]:
+    """The rollouts of an evaluation, in order.  Raises ValueError for a task or protocol that the suite lacks."""
+    states = suite.states(config.protocol)
+    indices = config.tasks or range(len(suite.tasks))
+    unknown = [index for index in indices if not 0 <= index < len(suite.tasks)]
+    if unknown:
+        raise ValueError(f"tasks of {suite.name} must be in 0..{len(suite.tasks) - 1}, got {unknown}")
+    return [
+        Rollout(
+            task=Task(name=task.id, instruction=task.instruction, initial_state=state, max_ticks=task.max_ticks),
+            seed=episode_seed(config.seed, task.id, state),
+            temperature=config.temperature,
+            purpose="evaluate",
+            version=version,
+        )
+        for task in (suite.tasks[index] for index in sorted(set(indices)))
+        for state in states[: config.episodes_per_task or None]
+    ]
+
+
+def evaluate(config: EvaluateConfig) -> Report:
+    """Runs the evaluation with a progress bar; returns also after Ctrl-C, then with what there is."""
+    suite = find_suite(config.suite)
+    with PolicyClient(config.server, give_up_after_s=10.0) as client:
+        spec = client.spec()
+    version = spec.message.live_version if config.version is None else config.version
+    rollouts = plan(config, suite, version)
+    worker = WorkerConfig(
+        server=config.server,
+        slots=config.slots,
+        memory_gb=config.memory_gb or default_budget_gb(config.processes),
+        videos=config.out / "videos" if config.out and config.videos else None,
+        videos_per_outcome=config.videos,
+    )
+    with Pool(
+        functools.partial(make_runner, worker),
+        processes=config.processes,
+        deadlines=Deadlines(step=config.step_deadline_s),
+        env=WORKER_ENVIRONMENT,
+    ) as pool:
+        episodes = watch(pool.run([job_of(rollout) for rollout in rollouts]), planned=len(rollouts))
+        return report_of(config, spec, rollouts, episodes, pool)
+
+
+def watch(finished: Iterable[Finished], *, planned: int) -> list[EpisodeRecord]:
+    """The episodes' records as they end, under a progress bar; Ctrl-C ends the wait."""
+    episodes: list[EpisodeRecord] = []
+    with logging_redirect_tqdm(), tqdm(total=planned, unit="episode", smoothing=0.1) as bar:
+        try:
+            for item in finished:
+                episodes.append(record_of(item))
+                rate = rate_of(episodes)
+                bar.set_postfix_str(f"success {rate.successes}/{rate.n}, errors {rate.errors}")
+                bar.update()
+        except KeyboardInterrupt:
+            logger.error("interrupted after %d of %d episodes", len(episodes), planned)
+    return episodes
+
+
+def record_of(item: Finished) -> EpisodeRecord:
+    """A finished job as an episode: what the pool gave up on is an error, never a failure."""
+    rollout: Rollout = item.job.payload
+    if item.error is None:
+        return replace(item.value, attempts=item.attempts)
+    return EpisodeRecord(
+        task=rollout.task.name,
+        initial_state=rollout.task.initial_state,
+        outcome="error",
+        message=item.error,
+        attempts=item.attempts,
+    )
+
+
+def shown_assets(suite: Suite) -> str:
+    """What is on screen, in words for a report."""
+    return f"LIBERO with {assets.asset_tree()}" if suite.simulator == "libero" else "robosuite's own assets"
+
+
+def states_note(config: EvaluateConfig, suite: Suite) -> str:
+    """Which states of each task are used, in words."""
+    listed = suite.states(config.protocol)
+    used = listed[: config.episodes_per_task or None]
+    part = "" if len(used) == len(listed) else f", the first {len(used)} of {len(listed)}"
+    return f"{used[0]}..{used[-1]}{part}; {PROTOCOL_NOTES[config.protocol]}"
+
+
+def report_of(
+    config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollout], episodes: Sequence[EpisodeRecord], pool: Pool
+) -> Report:
+    """The report of what the pool has done by now."""
+    suite, message = find_suite(config.suite), spec.message
+    return Report(
+        suite=suite.name,
+        protocol=config.protocol,
+        states_note=states_note(config, suite),
+        instructions={rollout.task.name: rollout.task.instruction for rollout in rollouts},
+        model=message.model,
+        version=rollouts[0].version or 0,
+        base_fingerprint=message.base_fingerprint,
+        chunk_length=spec.chunk_length,
+        image_path=message.image_path,
+        unnorm_key=message.unnorm_key,
+        assets=shown_assets(suite),
+        temperature=config.temperature,
+        seed=config.seed,
+        processes=config.processes,
+        slots=config.slots,
+        setup_s=round(pool.setup_s, 2),
+        wall_s=round(pool.age_s, 2),
+        planned=len(rollouts),
+        workers_lost=tuple(asdict(loss) for loss in pool.losses),
+        quarantined=tuple(pool.quarantined),
+        episodes=tuple(episodes),
+    )
+
+
+def default_folder(config: EvaluateConfig) -> Path:
+    """A new folder under runs/evaluate that says what is in it."""
+    sampling = "greedy" if config.temperature == 0 else f"t{config.temperature:g}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs/evaluate") / f"{config.suite}-{config.protocol}-{sampling}-{stamp}"
+
+
+def main(config: EvaluateConfig) -> int:
+    """Evaluates, prints and saves; the exit code is 1 for too many errors or an interruption."""
+    config = replace(config, out=config.out or default_folder(config))
+    assert config.out is not None
+    report = evaluate(config)
+    report.save(config.out)
+    print(report.table())
+    print(f"saved in {config.out}")
+    if report.error_share > config.max_error_share:
+        print(f"FAILED: {100 * report.error_share:.1f} % errors, at most {100 * config.max_error_share:.1f} % allowed")
+        return 1
+    return 0 if len(report.episodes) == report.planned else 1

@@ -1,0 +1,142 @@
+"""A simulator worker: the process that runs rollouts of one task at a time, several episodes interleaved on one scene.
+
+The episodes' calls to the policy server are in flight together, so that the server can batch them; a scene renders only
+when a decision is due.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from robot_client.drivers import run_lockstep
+from robot_client.episode import EpisodeConfig, Observer
+
+from protos import episode_pb2
+from robot_client.arm import ArmState, Observation
+from robot_client.client import PolicyClient
+from robot_client.rollout import EpisodeResult, Rollout
+from sim.job_queue import Job
+from sim.libero_arm import LiberoArm
+from sim.pool import Answer, Progress, Runner
+from sim.report import EpisodeRecord
+from sim.scene import Scene
+from sim.scenes import Scenes
+from sim.suites import find_task
+from sim.video import captioned, write_mp4
+
+SERVER_PATIENCE_S = 30.0
+"""How long an episode waits for a good answer before it is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What every worker of a pool is told."""
+
+    server: str
+    """HOST:PORT of the policy server"""
+    slots: int = 4
+    """episodes interleaved in one process"""
+    memory_gb: float
+    """size above which a process drops scenes, and then retires"""
+    videos: Path | None = None
+    """where videos go; None: none are made"""
+    videos_per_outcome: int = 1
+    """how many successes and how many failures of each task are kept as videos"""
+
+
+def key_of(rollout: Rollout) -> str:
+    """The rollout's name among those of one run."""
+    return f"{rollout.task.name}:{rollout.task.initial_state}"
+
+
+def job_of(rollout: Rollout) -> Job:
+    """The rollout as a job for a pool of these workers; its task is its group."""
+    return Job(key=key_of(rollout), group=rollout.task.name, payload=rollout)
+
+
+def make_runner(config: WorkerConfig) -> Runner:
+    """What the worker process runs; called in that process."""
+    scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
+    client = PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S)
+    return functools.partial(_run_group, config, client, scenes)
+
+
+def _run_group(
+    config: WorkerConfig, client: PolicyClient, scenes: Scenes, jobs: Iterator[Job], progress: Progress
+) -> Iterator[Answer]:
+    first = next(jobs)
+    progress("build")
+    scene = scenes.of(first.group)
+    assert isinstance(scene, Scene)
+    sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
+    arms = [LiberoArm(scene=scene, image_sizes=sizes) for _ in range(config.slots)]
+
+    def rollouts() -> Iterator[Rollout]:
+        yield first.payload
+        for job in jobs:
+            progress("step")
+            yield job.payload
+
+    def observers(rollout: Rollout) -> list[Observer]:
+        videos = [] if config.videos is None else [Reel(config.videos, keep=config.videos_per_outcome)]
+        return [Heartbeat(progress), *videos]
+
+    settings = EpisodeConfig(give_up_after_s=SERVER_PATIENCE_S)
+    for result in run_lockstep(arms, rollouts(), client, settings, observers=observers):
+        yield _answer(result)
+    scenes.require_budget()
+
+
+def _answer(result: EpisodeResult) -> Answer:
+    task = result.rollout.task
+    if result.outcome == "error":
+        return Answer(key=key_of(result.rollout), error=result.message or "the episode ended as an error")
+    record = EpisodeRecord(
+        task=task.name,
+        initial_state=task.initial_state,
+        outcome=result.outcome,
+        ticks=result.ticks,
+        decisions=result.decisions,
+        wall_s=round(result.wall_s, 2),
+    )
+    return Answer(key=key_of(result.rollout), value=record)
+
+
+class Heartbeat(Observer):
+    """Tells the pool at every tick that the work goes on."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
+        self._progress("step")
+
+
+class Reel(Observer):
+    """Keeps what the policy saw, and writes it as an MP4 while its task has fewer than `keep` of that outcome."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._folder = folder
+        self._keep = keep
+        self._frames: list[np.ndarray] = []
+        self._caption = ""
+
+    def on_start(self, rollout: Rollout, episode_id: str) -> None:
+        self._caption = rollout.task.instruction
+
+    def on_observation(self, observation: Observation) -> None:
+        self._frames.append(np.concatenate(list(observation.images.values()), axis=1))
+
+    def on_end(self, result: EpisodeResult) -> None:
+        task = result.rollout.task
+        stem = f"{task.name.replace('/', '-')}.{result.outcome}"
+        if not self._frames or len(list(self._folder.glob(f"{stem}.*"))) >= self._keep:
+            return
+        frames = [captioned(frame, self._caption) for frame in self._frames]
+        state = task.initial_state.replace(":", "-")
+        frames_per_s = max(1, round(20 * len(frames) / max(1, result.ticks)))
+        write_mp4(self._folder / f"{stem}.state-{state}.mp4", frames, frames_per_s=frames_per_s)
