@@ -9,6 +9,7 @@ import numpy as np
 
 _BOX_CORNERS = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 _FINGERS = ("gripper0_finger_joint1", "gripper0_finger_joint2")
+_ACTUATOR = "gripper0_gripper_finger_joint1"
 _FINGER_GEOMS = ("gripper0_finger1_", "gripper0_finger2_")
 
 
@@ -29,7 +30,7 @@ class View:
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         self._model, self._data = model, data
         self._eef = model.site("gripper0_grip_site").id
-        self._actuator = model.actuator(f"gripper0_gripper_{_FINGERS[0].removeprefix('gripper0_')}").id
+        self._actuator = model.actuator(_ACTUATOR).id
         names = [model.geom(geom).name for geom in range(model.ngeom)]
         self._finger_masks = [np.array([name.startswith(prefix) for name in names]) for prefix in _FINGER_GEOMS]
         self._corners: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -78,8 +79,10 @@ class View:
         """(G,) the body's collision geoms, its children's included, and (G, 8, 3) their boxes' corners."""
         if name not in self._corners:
             model = self._model
-            in_body = model.body_rootid[model.geom_bodyid] == model.body_rootid[model.body(name).id]
-            geoms = np.flatnonzero(in_body & (model.geom_contype > 0))
+            inside = np.arange(model.nbody) == model.body(name).id
+            for body in range(1, model.nbody):  # parents come before their children
+                inside[body] |= inside[model.body_parentid[body]]
+            geoms = np.flatnonzero(inside[model.geom_bodyid] & (model.geom_contype > 0))
             centre, half = model.geom_aabb[geoms, None, :3], model.geom_aabb[geoms, None, 3:]
             self._corners[name] = geoms, centre + half * _BOX_CORNERS
         return self._corners[name]

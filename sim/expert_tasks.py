@@ -1,0 +1,41 @@
+"""Which recipe solves which task."""
+
+from __future__ import annotations
+
+from sim.expert import Grasp, PickPlace, Place, Skill
+from sim.suites import Task
+
+Recipe = tuple[Skill, ...]
+
+# Flat boxes are taken behind their middle: the hand, 20 cm wide, would land on their neighbours.
+FLAT_BOX = Grasp(offset_m=(-0.02, 0.0))
+UPRIGHT = Grasp()
+BASKET = Place(target="basket_1_main", carry_m=0.04, release_m=-0.03, radius_m=0.04)
+
+
+def _into_basket(name: str, grasp: Grasp = UPRIGHT) -> dict[str, Recipe]:
+    return {f"pick_up_the_{name}_and_place_it_in_the_basket": (PickPlace(body=f"{name}_1_main", grasp=grasp, place=BASKET),)}
+
+
+LIBERO_OBJECT: dict[str, Recipe] = {
+    **_into_basket("alphabet_soup"),
+    **_into_basket("cream_cheese", FLAT_BOX),
+    **_into_basket("salad_dressing"),
+    **_into_basket("bbq_sauce"),
+    **_into_basket("ketchup"),
+    **_into_basket("tomato_sauce"),
+    **_into_basket("butter", FLAT_BOX),
+    **_into_basket("milk"),
+    **_into_basket("chocolate_pudding", FLAT_BOX),
+    **_into_basket("orange_juice"),
+}
+
+RECIPES: dict[str, dict[str, Recipe]] = {"libero_object": LIBERO_OBJECT}
+
+
+def recipe_for(task: Task) -> Recipe:
+    """The task's recipe; ValueError names the tasks of its suite that have one."""
+    recipes = RECIPES.get(task.suite, {})
+    if task.name not in recipes:
+        raise ValueError(f"no expert for {task.id} ({task.name}); its suite has experts for {sorted(recipes)}")
+    return recipes[task.name]
