@@ -1,0 +1,181 @@
+"""Drives an arm with a policy server, or prints what the server's policy is.
+
+    python -m robot_client run --arm kinematic --server HOST:PORT --task "pick up the bowl" --episodes 3
+    python -m robot_client spec --server HOST:PORT
+
+Flags that `run` does not know go to the arm: `--arm replay --path FILE`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from google.protobuf import text_format
+
+from protos.codec import ImageFormat
+from robot_client import arms
+from robot_client.arm import Task
+from robot_client.client import PolicyClient
+from robot_client.drivers import run
+from robot_client.episode import EpisodeConfig
+from robot_client.errors import RobotError
+from robot_client.film import SUFFIXES, Film
+from robot_client.observer import Observer
+from robot_client.rollout import EpisodeResult, Purpose, Rollout
+
+logger = logging.getLogger("robot_client")
+
+REFUSED = 2
+"""Exit code when nothing was moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Runs episodes on an arm and reports each."""
+
+    task: str
+    """What to do, in words."""
+    arm: str = "kinematic"
+    """Name of an installed arm; its own flags follow."""
+    server: str = "localhost:50051"
+    """HOST:PORT of the policy server."""
+    episodes: int = 1
+    max_ticks: int = 200
+    """Length of an episode unless the arm ends it earlier; 0 is no limit."""
+    purpose: Purpose = "deploy"
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int | None = None
+    """Of the first episode; the next ones count up.  The server draws them if not given."""
+    initial_state: str = ""
+    """Where a simulated task begins, in the arm's own words."""
+    image_format: ImageFormat = "raw"
+    """How frames travel; jpeg takes a tenth of the bytes and is lossy."""
+    stream: bool = True
+    """Ask over one stream instead of a call for each decision."""
+    deadline_s: float = 10.0
+    """For one try of any call."""
+    give_up_after_s: float = 60.0
+    """How long a lost server is tried again before the episode ends as an error."""
+    follow: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = field(default_factory=EpisodeConfig)
+    film: Path | None = None
+    """Write what the policy saw in the last episode (.gif, .png or .webp)."""
+
+    def __post_init__(self) -> None:
+        if self.film is not None and self.film.suffix not in SUFFIXES:
+            raise ValueError(f"film must end in one of {list(SUFFIXES)}, got {self.film.name!r}")
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Prints what the server says about its policy."""
+
+    server: str = "localhost:50051"
+    """HOST:PORT of the policy server."""
+    deadline_s: float = 10.0
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """0 when every episode came to an end, 1 when one ended as an error, 2 when it was refused before anything moved."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    commands = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Spec, tyro.conf.subcommand("spec")]
+    command, rest = tyro.cli(commands, args=args, prog="robot_client", return_unknown_args=True)
+    try:
+        if isinstance(command, Spec):
+            return show_spec(command, rest)
+        return drive(command, rest)
+    except RobotError as error:
+        logger.error("%s", error)
+        return REFUSED
+
+
+def show_spec(command: Spec, rest: Sequence[str]) -> int:
+    if rest:
+        raise RobotError(f"spec takes no other flags, got {list(rest)}")
+    with connect(command.server, deadline_s=command.deadline_s, give_up_after_s=command.deadline_s) as client:
+        print(text_format.MessageToString(client.spec().message, as_utf8=True), end="")
+    return 0
+
+
+def drive(command: Run, rest: Sequence[str]) -> int:
+    arm = tyro.cli(arms.load(command.arm), args=rest, prog=f"robot_client run --arm {command.arm}")
+    logger.info("%s", command)
+    client = connect(
+        command.server,
+        image_format=command.image_format,
+        stream=command.stream,
+        deadline_s=command.deadline_s,
+        give_up_after_s=command.give_up_after_s,
+    )
+    outcomes: Counter[str] = Counter()
+    try:
+        for result in run(arm, rollouts(command), client, command.follow, observers=lambda _: observers(command)):
+            outcomes[result.outcome] += 1
+            report(result)
+    finally:
+        client.close()
+        arm.close()
+    logger.info("%s", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+    return 1 if outcomes["error"] else 0
+
+
+def connect(server: str, **options) -> PolicyClient:
+    try:
+        return PolicyClient(server, **options)
+    except ValueError as error:
+        raise RobotError(str(error)) from error
+
+
+def rollouts(command: Run) -> list[Rollout]:
+    task = Task(
+        name=command.task,
+        instruction=command.task,
+        initial_state=command.initial_state,
+        max_ticks=command.max_ticks,
+    )
+    return [
+        Rollout(
+            task=task,
+            purpose=command.purpose,
+            temperature=command.temperature,
+            seed=None if command.seed is None else command.seed + n,
+        )
+        for n in range(command.episodes)
+    ]
+
+
+def observers(command: Run) -> list[Observer]:
+    return [] if command.film is None else [Film(command.film)]
+
+
+def report(result: EpisodeResult) -> None:
+    answers_ms = 1000 * np.array(result.answer_s or [0.0])
+    logger.info(
+        "%s (%s): %s%s; %d ticks (%d held, %d clipped), %d decisions answered in %.1f ms (median), %.1f ms (worst)",
+        result.rollout.task.name,
+        result.episode_id or "not opened",
+        result.outcome,
+        f": {result.message}" if result.message else "",
+        result.ticks,
+        result.holds,
+        result.clips,
+        result.decisions,
+        np.median(answers_ms),
+        answers_ms.max(),
+    )
+    if result.cadence is not None:
+        logger.info("%s", result.cadence)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

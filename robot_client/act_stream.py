@@ -1,0 +1,79 @@
+"""One ActStream per robot: requests go out at once, answers come back in any order."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+import grpc
+
+from protos import policy_pb2, policy_pb2_grpc
+from robot_client.errors import PolicyError, ServerLost, Superseded, of_rpc
+
+Key = tuple[str, int]
+
+
+class ActStream:
+    """Matches answers to requests by (episode, decision), and opens a new stream after a break.
+
+    A stream has no deadline of its own: whoever asks cancels the future that comes too late.
+    """
+
+    def __init__(self, stub: policy_pb2_grpc.PolicyStub, address: str):
+        self._stub = stub
+        self._address = address
+        self._lock = threading.Lock()
+        self._waiting: dict[Key, Future[policy_pb2.ActReply]] = {}
+        self._call: grpc.Call | None = None
+        self._outbox: SimpleQueue[policy_pb2.ActRequest | None] = SimpleQueue()
+
+    def ask(self, request: policy_pb2.ActRequest) -> Future[policy_pb2.ActReply]:
+        """The reply to come.  Fails with a PolicyError when the stream breaks."""
+        key, future = (request.episode_id, request.decision), Future()
+        with self._lock:
+            if self._call is None:
+                self._open()
+            replaced = self._waiting.pop(key, None)
+            self._waiting[key] = future
+            self._outbox.put(request)
+        if replaced is not None:
+            _fail(replaced, Superseded("asked again with a newer observation"))
+        return future
+
+    def close(self) -> None:
+        """Ends the stream; what is still waiting fails."""
+        with self._lock:
+            call, self._call = self._call, None
+            self._outbox.put(None)
+        if call is not None:
+            call.cancel()
+
+    def _open(self) -> None:
+        self._outbox = SimpleQueue()
+        self._call = self._stub.ActStream(iter(self._outbox.get, None))
+        threading.Thread(target=self._read, args=(self._call, self._outbox), name="act-stream", daemon=True).start()
+
+    def _read(self, call, outbox: SimpleQueue[policy_pb2.ActRequest | None]) -> None:
+        try:
+            for reply in call:
+                with self._lock:
+                    future = self._waiting.pop((reply.episode_id, reply.decision), None)
+                if future is not None and future.set_running_or_notify_cancel():
+                    future.set_result(reply)
+            error: PolicyError = ServerLost(f"{self._address}: the server ended the stream")
+        except grpc.RpcError as broken:
+            error = of_rpc(broken, self._address)
+        with self._lock:
+            outbox.put(None)  # lets go the thread that gRPC sends from
+            lost = list(self._waiting.values())
+            self._waiting.clear()
+            if self._call is call:
+                self._call = None
+        for future in lost:
+            _fail(future, error)
+
+
+def _fail(future: Future, error: PolicyError) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -1,0 +1,64 @@
+"""The rhythm of a control loop: absolute deadlines, so that lateness never adds up, and a report of the jitter."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class CadenceReport:
+    """How well the loop kept its rate."""
+
+    ticks: int
+    rate_hz: float
+    """Ticks over elapsed time."""
+    late_p50_ms: float
+    """How long after its deadline a tick began: median,"""
+    late_p99_ms: float
+    """99 %,"""
+    late_max_ms: float
+    """and worst."""
+    missed: int
+    """Deadlines that passed while an earlier tick was still running; they are skipped, not caught up."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ticks} ticks at {self.rate_hz:.2f} Hz; a tick begins late by {self.late_p50_ms:.2f} ms (median), "
+            f"{self.late_p99_ms:.2f} ms (99 %), {self.late_max_ms:.2f} ms (worst); {self.missed} deadlines missed"
+        )
+
+
+class Cadence:
+    """Deadline n lies n periods after the construction."""
+
+    def __init__(self, rate_hz: float):
+        self._period_s = 1 / rate_hz
+        self._began_s = time.monotonic()
+        self._due = 0
+        self._late_s: list[float] = []
+        self._missed = 0
+
+    def wait(self) -> None:
+        """Sleeps until the next deadline; returns at once when it has passed already."""
+        self._due += 1
+        elapsed = (time.monotonic() - self._began_s) / self._period_s
+        overrun = max(0, int(elapsed) - self._due)
+        self._missed += overrun
+        self._due += overrun
+        deadline_s = self._began_s + self._due * self._period_s
+        time.sleep(max(0.0, deadline_s - time.monotonic()))
+        self._late_s.append(time.monotonic() - deadline_s)
+
+    def report(self) -> CadenceReport:
+        late_ms = 1000 * np.array(self._late_s or [0.0])
+        return CadenceReport(
+            ticks=len(self._late_s),
+            rate_hz=len(self._late_s) / max(time.monotonic() - self._began_s, 1e-9),
+            late_p50_ms=float(np.percentile(late_ms, 50)),
+            late_p99_ms=float(np.percentile(late_ms, 99)),
+            late_max_ms=float(late_ms.max()),
+            missed=self._missed,
+        )

@@ -1,0 +1,205 @@
+"""PolicyClient: the policy server as seen from a robot.  A deadline on every call, a typed error for every failure."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from protos import episode_pb2, policy_pb2, policy_pb2_grpc
+from protos.channel import dial
+from protos.codec import ImageFormat, encode_image, encode_tensor
+from robot_client.act_stream import ActStream
+from robot_client.answer import Answer
+from robot_client.arm import ArmSpec, Observation, Outcome
+from robot_client.backoff import BackOff
+from robot_client.errors import BadAnswer, DeadlineExceeded, PolicyError, ServerLost, of_refusal, of_rpc
+from robot_client.rollout import Rollout
+from robot_client.spec import PolicySpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An episode that the server has opened."""
+
+    episode_id: str
+    version: int
+    seed: int
+
+
+class PolicyClient:
+    """A policy server at HOST:PORT.
+
+    image_format: how frames travel; "raw" and "png" keep every pixel, "jpeg" takes a tenth of the bytes.
+    stream: asks over one ActStream instead of a call for each decision.
+    deadline_s: for one try of any call.
+    give_up_after_s: how long a lost or overloaded server is tried again before its error is raised.
+
+    Safe to share between threads.  Every method may raise a PolicyError.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        image_format: ImageFormat = "raw",
+        stream: bool = False,
+        deadline_s: float = 10.0,
+        give_up_after_s: float = 60.0,
+    ):
+        self.address = address
+        self.image_format: ImageFormat = image_format
+        self.deadline_s = deadline_s
+        self.give_up_after_s = give_up_after_s
+        self._channel = dial(address)
+        self._stub = policy_pb2_grpc.PolicyStub(self._channel)
+        self._stream = ActStream(self._stub, address) if stream else None
+        self._spec: PolicySpec | None = None
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._channel.close()
+
+    def spec(self) -> PolicySpec:
+        """What the server says about its policy now; answers are checked against the latest one."""
+        self._spec = PolicySpec.of(self._persist(self._stub.GetSpec, policy_pb2.GetSpecRequest()))
+        return self._spec
+
+    def start_episode(self, rollout: Rollout, arm: ArmSpec) -> Opened:
+        """Opens an episode.  A retry after a lost reply opens no second one."""
+        reply = self._persist(
+            self._stub.StartEpisode,
+            policy_pb2.StartEpisodeRequest(
+                task=rollout.task.name,
+                initial_state=rollout.task.initial_state,
+                purpose=f"PURPOSE_{rollout.purpose.upper()}",
+                version=rollout.version,
+                follow_live=rollout.follow_live,
+                temperature=rollout.temperature,
+                seed=rollout.seed,
+                arm=arm.name,
+                asset_tree=arm.asset_tree,
+                tick_rate_hz=arm.tick_rate_hz,
+                request_id=uuid.uuid4().hex,
+            ),
+        )
+        return Opened(episode_id=reply.episode_id, version=reply.version, seed=reply.seed)
+
+    def act(
+        self, episode_id: str, decision: int, observation: Observation, executed: Sequence[episode_pb2.Tick] = ()
+    ) -> Answer:
+        """One decision, waited for."""
+        pending = self.ask(episode_id, decision, observation, executed)
+        try:
+            return pending.result(self.deadline_s)
+        except FutureTimeoutError:
+            pending.cancel()
+            raise DeadlineExceeded(f"{self.address}: no answer in {self.deadline_s:g} s") from None
+
+    def ask(
+        self,
+        episode_id: str,
+        decision: int,
+        observation: Observation,
+        executed: Sequence[episode_pb2.Tick] = (),
+        *,
+        deadline_s: float | None = None,
+    ) -> Future[Answer]:
+        """One decision, not waited for; a failure is the future's PolicyError.  Cancel it when it comes too late."""
+        spec = self._spec or self.spec()
+        request = policy_pb2.ActRequest(
+            episode_id=episode_id,
+            decision=decision,
+            observation=self._encode(observation),
+            executed=executed,
+        )
+        answer: Future[Answer] = Future()
+        if self._stream is not None:
+            reply = self._stream.ask(request)
+        else:
+            reply = self._stub.Act.future(request, timeout=self.deadline_s if deadline_s is None else deadline_s)
+        answer.add_done_callback(lambda answer: reply.cancel() if answer.cancelled() else None)
+        reply.add_done_callback(lambda reply: self._settle(answer, reply, request, spec))
+        return answer
+
+    def end_episode(
+        self,
+        episode_id: str,
+        outcome: Outcome,
+        *,
+        terminal: bool = False,
+        executed: Sequence[episode_pb2.Tick] = (),
+        final_observation: Observation | None = None,
+        message: str = "",
+        give_up_after_s: float | None = None,
+    ) -> None:
+        """Closes an episode; returns once the server has it safe.  A second call does nothing."""
+        request = policy_pb2.EndEpisodeRequest(
+            episode_id=episode_id,
+            outcome=f"OUTCOME_{outcome.upper()}",
+            terminal=terminal,
+            executed=executed,
+            final_observation=None if final_observation is None else self._encode(final_observation),
+            message=message,
+        )
+        self._persist(self._stub.EndEpisode, request, give_up_after_s)
+
+    def _encode(self, observation: Observation) -> episode_pb2.Observation:
+        images = {name: encode_image(pixels, self.image_format) for name, pixels in observation.images.items()}
+        return episode_pb2.Observation(
+            images=images,
+            state=encode_tensor(observation.state_S.astype("float32")) if observation.state_S.size else None,
+            instruction=observation.instruction,
+            capture_time_ns=observation.capture_time_ns,
+        )
+
+    def _settle(self, answer: Future[Answer], reply, request: policy_pb2.ActRequest, spec: PolicySpec) -> None:
+        """Hands the outcome of the call over to whoever waits for the answer."""
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(self._check(reply.result(), request, spec))
+        except PolicyError as error:
+            answer.set_exception(error)
+        except grpc.RpcError as error:
+            answer.set_exception(of_rpc(error, self.address))
+        except grpc.FutureCancelledError:
+            answer.set_exception(ServerLost(f"{self.address}: the client was closed"))
+
+    @staticmethod
+    def _check(reply: policy_pb2.ActReply, request: policy_pb2.ActRequest, spec: PolicySpec) -> Answer:
+        if reply.HasField("refusal"):
+            raise of_refusal(reply.refusal)
+        asked, answered = (request.episode_id, request.decision), (reply.episode_id, reply.decision)
+        if asked != answered:
+            raise BadAnswer(f"(episode, decision) must be {asked}, got {answered}")
+        return Answer.of(reply, spec)
+
+    def _persist(self, call: Callable[..., T], request: object, give_up_after_s: float | None = None) -> T:
+        """The reply to an idempotent request, tried again with back-off while that may help."""
+        patience_s = self.give_up_after_s if give_up_after_s is None else give_up_after_s
+        give_up_at, backoff = time.monotonic() + patience_s, BackOff()
+        while True:
+            try:
+                return call(request, timeout=self.deadline_s)
+            except grpc.RpcError as failure:
+                error = of_rpc(failure, self.address)
+            wait_s = max(error.retry_after_s, backoff.next_s())
+            if not error.repeatable or time.monotonic() + wait_s > give_up_at:
+                raise error
+            time.sleep(wait_s)

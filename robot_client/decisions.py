@@ -1,0 +1,128 @@
+"""One decision after another: asked, awaited, asked again while that may help.  Never blocks.
+
+Decision numbers have no gaps: after a lost reply or a refusal the same number is asked again, with the same executed
+ticks and the newest observation, so that the server records each tick once whichever try it saw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import Future, wait
+
+from protos import episode_pb2
+from robot_client.answer import Answer
+from robot_client.arm import Observation
+from robot_client.backoff import BackOff
+from robot_client.client import PolicyClient
+from robot_client.errors import DeadlineExceeded, PolicyError, Superseded
+
+
+class Decisions:
+    """The decisions of one episode.
+
+    deadline_s: for one try.
+    give_up_after_s: with no answer for so long after a first failure, the failure is raised.
+    """
+
+    def __init__(self, client: PolicyClient, episode_id: str, *, deadline_s: float, give_up_after_s: float):
+        self.answer_s: list[float] = []
+        self.trouble = ""
+        self._client = client
+        self._episode_id = episode_id
+        self._deadline_s = deadline_s
+        self._give_up_after_s = give_up_after_s
+        self._backoff = BackOff()
+        self._pending: Future[Answer] | None = None
+        self._expires_s = 0.0
+        self._retry_at_s = 0.0
+        self._failing_since_s: float | None = None
+        self._first_asked_s: float | None = None
+        self._unreported: list[episode_pb2.Tick] = []
+        self._carried = 0
+
+    @property
+    def answered(self) -> int:
+        """How many answers came: the number of the next decision."""
+        return len(self.answer_s)
+
+    @property
+    def open(self) -> bool:
+        """True from the first request of a decision until its answer."""
+        return self._first_asked_s is not None
+
+    @property
+    def may_ask(self) -> bool:
+        return self._pending is None and time.monotonic() >= self._retry_at_s
+
+    @property
+    def pending(self) -> Future[Answer] | None:
+        return self._pending
+
+    @property
+    def wake_at_s(self) -> float:
+        """On time.monotonic(): when something is due even if no answer comes."""
+        return self._retry_at_s if self._pending is None else self._expires_s
+
+    @property
+    def unreported(self) -> list[episode_pb2.Tick]:
+        """The ticks that no answered request has carried."""
+        return self._unreported
+
+    def executed(self, tick: episode_pb2.Tick) -> None:
+        self._unreported.append(tick)
+
+    def ask(self, observation: Observation) -> None:
+        """Sends the observation for the next decision."""
+        now_s = time.monotonic()
+        if self._first_asked_s is None:
+            self._first_asked_s, self._carried = now_s, len(self._unreported)
+        self._expires_s = now_s + self._deadline_s
+        self._pending = self._client.ask(
+            self._episode_id,
+            self.answered,
+            observation,
+            self._unreported[: self._carried],
+            deadline_s=self._deadline_s,
+        )
+
+    def poll(self) -> Answer | None:
+        """The answer, once.  Raises the PolicyError after which asking again is useless."""
+        if self._pending is None:
+            return None
+        now_s = time.monotonic()
+        if not self._pending.done() and now_s < self._expires_s:
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            if pending.cancel():
+                raise DeadlineExceeded(f"no answer in {self._deadline_s:g} s")
+            answer = pending.result()
+        except PolicyError as error:
+            self._failed(error, now_s)
+            return None
+        assert self._first_asked_s is not None
+        self.answer_s.append(now_s - self._first_asked_s)
+        del self._unreported[: self._carried]
+        self._first_asked_s = self._failing_since_s = None
+        self.trouble = ""
+        self._backoff.reset()
+        return answer
+
+    def settle(self) -> None:
+        """Waits for the answer under way, so that the server and we agree on which ticks it has."""
+        while self._pending is not None:
+            wait([self._pending], timeout=max(0.0, self._expires_s - time.monotonic()))
+            with contextlib.suppress(PolicyError):
+                self.poll()
+
+    def _failed(self, error: PolicyError, now_s: float) -> None:
+        self.trouble = str(error)
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
+        if not error.repeatable:
+            raise error
+        if now_s - self._failing_since_s > self._give_up_after_s:
+            raise type(error)(f"gave up after {self._give_up_after_s:g} s: {error}") from error
+        wait_s = 0.0 if isinstance(error, Superseded) else self._backoff.next_s()
+        self._retry_at_s = now_s + max(wait_s, error.retry_after_s)

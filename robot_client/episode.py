@@ -1,0 +1,283 @@
+"""One episode of one arm: look, decide, move, tick by tick.
+
+    tick()   one tick; never blocks: without an answer the arm holds (real time)
+    look()   reads the arm, takes in an answer, asks for the next one
+    move()   executes one tick
+
+Drivers (robot_client/drivers.py) give the rhythm.  An ArmError, or a PolicyError after which asking is useless, ends
+the episode as an error; anything else is a bug and is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+from protos import episode_pb2
+from robot_client.answer import Answer
+from robot_client.arm import Arm, ArmState, Observation, Outcome
+from robot_client.chunks import Chunks
+from robot_client.client import PolicyClient
+from robot_client.decisions import Decisions
+from robot_client.errors import ArmError, PolicyError, SpecMismatch
+from robot_client.observer import Observer
+from robot_client.rollout import EpisodeResult, Rollout
+from robot_client.safety import SafetyGate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    """How an arm follows a policy."""
+
+    ahead_ticks: int = 0
+    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted."""
+    replan_after: int = 0
+    """Execute only the first so many actions of each chunk; 0 executes all."""
+    latency_ticks: int = 0
+    """Lockstep only: an answer is followed so many ticks after its observation, as over a slow network."""
+    max_age_s: float = 1.0
+    """Real time only: the oldest observation that may be acted on."""
+    frozen_after: int = 3
+    """Real time only: so many observations with one capture time are a frozen camera; 0 switches the rule off."""
+
+    def __post_init__(self) -> None:
+        for name in ("ahead_ticks", "replan_after", "latency_ticks", "frozen_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.max_age_s <= 0:
+            raise ValueError(f"max_age_s must be above 0, got {self.max_age_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Why an episode is over."""
+
+    outcome: Outcome
+    terminal: bool = False
+    message: str = ""
+
+
+class Episode:
+    """Resets the arm and opens the episode at the server; then it is driven by look() and move(), and closed by end().
+
+    Raises SpecMismatch, before anything moves, when the policy cannot drive the arm, and the PolicyError of a server
+    that does not say what its policy is.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        rollout: Rollout,
+        client: PolicyClient,
+        config: EpisodeConfig,
+        observers: Sequence[Observer] = (),
+    ):
+        self.arm = arm
+        self.rollout = rollout
+        self.ending: Ending | None = None
+        self._client = client
+        self._observers = observers
+        self._lockstep = arm.spec.lockstep
+        self._latency_ticks = config.latency_ticks
+        self._started_s = time.monotonic()
+        self._ticks = self._holds = self._clips = self._asked_tick = 0
+        spec = client.spec()
+        spec.require_fit(arm.spec)
+        self._image_names = spec.image_names
+        self._state_indices = [arm.spec.state_names.index(name) for name in spec.state_names]
+        try:
+            self._chunks = Chunks(
+                chunk_length=spec.chunk_length, ahead_ticks=config.ahead_ticks, replan_after=config.replan_after
+            )
+        except ValueError as error:
+            raise SpecMismatch([str(error)]) from error
+        self._gate = SafetyGate(
+            arm.spec,
+            policy_low_A=spec.low_A,
+            policy_high_A=spec.high_A,
+            max_age_s=0 if self._lockstep else config.max_age_s,
+            frozen_after=0 if self._lockstep else config.frozen_after,
+        )
+        self.episode_id, self.version, self.seed = "", 0, 0
+        with self._ending_on_error():
+            arm.reset(rollout.task)
+            opened = client.start_episode(rollout, arm.spec)
+            self.episode_id, self.version, self.seed = opened.episode_id, opened.version, opened.seed
+        self._decisions = Decisions(
+            client,
+            self.episode_id,
+            deadline_s=client.deadline_s if self._lockstep else min(client.deadline_s, config.max_age_s),
+            give_up_after_s=client.give_up_after_s,
+        )
+        if not self.over:
+            for observer in observers:
+                observer.on_start(rollout, self.episode_id)
+
+    @property
+    def over(self) -> bool:
+        return self.ending is not None
+
+    @property
+    def must_wait(self) -> bool:
+        """True while an arm in lockstep may not move: its answer is due."""
+        return self._lockstep and self._answer_is_due
+
+    @property
+    def pending(self) -> Future[Answer] | None:
+        """The answer under way, if any."""
+        return self._decisions.pending
+
+    @property
+    def wake_at_s(self) -> float:
+        """On time.monotonic(): when to look again even if no answer comes."""
+        return self._decisions.wake_at_s
+
+    def tick(self) -> None:
+        self.look()
+        if not self.over:
+            self.move()
+
+    def look(self) -> None:
+        """Reads the arm; ends the episode when it is over; takes in an answer; asks when a decision is due."""
+        with self._ending_on_error():
+            self._state = self.arm.state()
+            self.ending = self._ending(self._state)
+            if self.over:
+                return
+            if not self._lockstep or self._answer_is_due:
+                self._take_in(self._decisions.poll())
+            if self._chunks.wants_observation and self._decisions.may_ask:
+                self._ask()
+
+    def move(self) -> None:
+        """Executes the action that is due, or holds."""
+        with self._ending_on_error():
+            planned = self._chunks.next()
+            verdict = self._gate.admit(planned, self._state.state_S, time.monotonic_ns())
+            if verdict.action_A is None or planned is None:
+                tick = self._hold(verdict.reason)
+            else:
+                tick = episode_pb2.Tick(
+                    decision=planned.decision,
+                    index=planned.index,
+                    action=self.arm.apply(verdict.action_A).tolist(),
+                    source=episode_pb2.SOURCE_POLICY,
+                    reason=verdict.reason,
+                )
+                self._chunks.applied()
+                self._clips += bool(verdict.reason)
+            self._ticks += 1
+            self._decisions.executed(tick)
+            for observer in self._observers:
+                observer.on_tick(self._state, tick)
+
+    def stop(self, message: str) -> None:
+        """Ends the episode from outside, as an error."""
+        self.ending = self.ending or Ending(outcome="error", message=message)
+
+    def end(self) -> EpisodeResult:
+        """Closes the episode at the server, which may take a while: the arm holds meanwhile."""
+        assert self.ending is not None, "the episode is not over"
+        final = None
+        with self._ending_on_error():
+            if not self._lockstep:
+                self.arm.hold()
+            if self.ending.outcome != "error":
+                final = self._for_the_policy(self.arm.observe())
+        if self.episode_id:
+            with self._ending_on_error():
+                self._close(self.ending, final)
+        result = EpisodeResult(
+            rollout=self.rollout,
+            outcome=self.ending.outcome,
+            terminal=self.ending.terminal,
+            ticks=self._ticks,
+            decisions=self._decisions.answered,
+            holds=self._holds,
+            clips=self._clips,
+            episode_id=self.episode_id,
+            version=self.version,
+            seed=self.seed,
+            wall_s=time.monotonic() - self._started_s,
+            answer_s=tuple(self._decisions.answer_s),
+            message=self.ending.message,
+        )
+        for observer in self._observers:
+            observer.on_end(result)
+        return result
+
+    @property
+    def _answer_is_due(self) -> bool:
+        return self._decisions.open and self._ticks - self._asked_tick >= self._latency_ticks
+
+    def _ending(self, state: ArmState) -> Ending | None:
+        if state.outcome is not None:
+            return Ending(outcome=state.outcome, terminal=state.outcome != "error")
+        if self.rollout.task.max_ticks and self._ticks >= self.rollout.task.max_ticks:
+            return Ending(outcome="failure", terminal=False)
+        return None
+
+    def _take_in(self, answer: Answer | None) -> None:
+        if answer is not None:
+            self._chunks.adopt(answer)
+            for observer in self._observers:
+                observer.on_answer(answer)
+
+    def _ask(self) -> None:
+        observation = self.arm.observe()
+        self._gate.looked(observation.capture_time_ns)
+        if self._gate.frozen:
+            return
+        self._chunks.looked(observation.capture_time_ns)
+        if not self._decisions.open:
+            self._asked_tick = self._ticks
+        self._decisions.ask(self._for_the_policy(observation))
+        for observer in self._observers:
+            observer.on_observation(observation)
+
+    def _hold(self, reason: str) -> episode_pb2.Tick:
+        decision, index = self._chunks.since_decision
+        action_A = self.arm.hold()
+        self._chunks.held()
+        self._holds += 1
+        return episode_pb2.Tick(
+            decision=decision,
+            index=index,
+            action=action_A.tolist(),
+            source=episode_pb2.SOURCE_HOLD,
+            reason="; ".join(filter(None, (reason, self._decisions.trouble))),
+        )
+
+    def _for_the_policy(self, observation: Observation) -> Observation:
+        """What the policy reads of it."""
+        return replace(
+            observation,
+            images={name: observation.images[name] for name in self._image_names},
+            state_S=observation.state_S[self._state_indices],
+        )
+
+    def _close(self, ending: Ending, final: Observation | None) -> None:
+        """A success or a failure counts only when it is acknowledged; an error is reported once, if the server is there."""
+        failed = ending.outcome == "error"
+        if not failed:
+            self._decisions.settle()
+        with contextlib.suppress(*((PolicyError,) if failed else ())):
+            self._client.end_episode(
+                self.episode_id,
+                ending.outcome,
+                terminal=ending.terminal,
+                executed=self._decisions.unreported,
+                final_observation=final,
+                message=ending.message,
+                give_up_after_s=0 if failed else None,
+            )
+
+    @contextlib.contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArmError, PolicyError) as error:
+            self.ending = Ending(outcome="error", message=f"{type(error).__name__}: {error}")

@@ -1,0 +1,131 @@
+"""What can go wrong on the robot's side.
+
+RobotError
+├── ArmError              the arm or its simulator failed; ends the episode as an error
+├── UnknownArm            no such entry point; says which there are
+├── SpecMismatch          policy and arm do not fit; raised before anything moves
+└── PolicyError           the policy server gave no usable answer (code, field, message, retry_after_s)
+    ├── BadRequest        the request is at fault, or its episode is unknown: repeating it is useless
+    ├── BadAnswer         the answer breaks the contract: the server is at fault, the arm must not follow it
+    ├── Superseded        a newer observation of the same episode took its place
+    ├── Overloaded        the server's queue is full; says when to try again
+    ├── DeadlineExceeded  no answer in time
+    ├── ServerLost        the server cannot be reached, or is going away
+    └── ServerFault       the server failed inside
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from protos import policy_pb2
+
+REFUSAL_METADATA = "vla-rl-refusal-bin"
+
+
+class RobotError(Exception):
+    """Root of the tree."""
+
+
+class ArmError(RobotError):
+    """The arm or its simulator failed."""
+
+
+class UnknownArm(RobotError):
+    """No arm of that name is installed."""
+
+
+class SpecMismatch(RobotError):
+    """Policy and arm do not fit; `mismatches` has a line for each difference: what was got, what is expected."""
+
+    def __init__(self, mismatches: list[str]):
+        super().__init__("this policy cannot drive this arm:\n" + "\n".join(f"  - {line}" for line in mismatches))
+        self.mismatches = mismatches
+
+
+class PolicyError(RobotError):
+    """The policy server gave no usable answer."""
+
+    repeatable = False
+    """Whether the same request may succeed later."""
+
+    def __init__(self, message: str, *, field: str = "", retry_after_s: float = 0.0):
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(PolicyError):
+    """The request is at fault, or its episode is unknown to the server."""
+
+
+class BadAnswer(PolicyError):
+    """The answer breaks the contract."""
+
+
+class Superseded(PolicyError):
+    """A newer observation of the same episode took the request's place."""
+
+    repeatable = True
+
+
+class Overloaded(PolicyError):
+    """The server's queue is full."""
+
+    repeatable = True
+
+
+class DeadlineExceeded(PolicyError):
+    """No answer in time."""
+
+    repeatable = True
+
+
+class ServerLost(PolicyError):
+    """The server cannot be reached, or is going away."""
+
+    repeatable = True
+
+
+class ServerFault(PolicyError):
+    """The server failed inside."""
+
+    repeatable = True
+
+
+OF_CODE: dict[int, type[PolicyError]] = {
+    grpc.StatusCode.CANCELLED.value[0]: ServerLost,
+    grpc.StatusCode.INVALID_ARGUMENT.value[0]: BadRequest,
+    grpc.StatusCode.NOT_FOUND.value[0]: BadRequest,
+    grpc.StatusCode.FAILED_PRECONDITION.value[0]: BadRequest,
+    grpc.StatusCode.OUT_OF_RANGE.value[0]: BadRequest,
+    grpc.StatusCode.UNIMPLEMENTED.value[0]: BadRequest,
+    grpc.StatusCode.UNAUTHENTICATED.value[0]: BadRequest,
+    grpc.StatusCode.PERMISSION_DENIED.value[0]: BadRequest,
+    grpc.StatusCode.ABORTED.value[0]: Superseded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
+    grpc.StatusCode.UNAVAILABLE.value[0]: ServerLost,
+}
+"""gRPC status code -> error; every other code is a ServerFault."""
+
+
+def of_refusal(refusal: policy_pb2.Refusal) -> PolicyError:
+    """The error that a Refusal stands for."""
+    kind = OF_CODE.get(refusal.code, ServerFault)
+    return kind(refusal.message, field=refusal.field, retry_after_s=refusal.retry_after_ms / 1000)
+
+
+def of_rpc(error: grpc.RpcError, address: str) -> PolicyError:
+    """The error that a failed call stands for: its Refusal when the trailing metadata carries one, else its status."""
+    assert isinstance(error, grpc.Call)
+    for key, value in error.trailing_metadata() or ():
+        if key == REFUSAL_METADATA and isinstance(value, bytes):
+            try:
+                return of_refusal(policy_pb2.Refusal.FromString(value))
+            except DecodeError:
+                break
+    code = error.code()
+    kind = OF_CODE.get(code.value[0], ServerFault)
+    return kind(f"{address}: {code.name}: {error.details()}")

@@ -1,0 +1,57 @@
+"""Work and its result: a rollout is what to run, an episode result is what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from robot_client.arm import Outcome, Task
+from robot_client.cadence import CadenceReport
+
+Purpose = Literal["train", "evaluate", "deploy", "demonstrate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One episode to run."""
+
+    task: Task
+    purpose: Purpose = "deploy"
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int | None = None
+    """The episode's random stream; None lets the server draw one."""
+    version: int | None = None
+    """Weights to pin the episode to; None is the live version."""
+    follow_live: bool = False
+    """Change to newer weights during the episode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeResult:
+    """How one episode went."""
+
+    rollout: Rollout
+    outcome: Outcome
+    """An error is the system's fault: neither a success nor a failure of the policy."""
+    terminal: bool
+    """True when the task itself ended, False when time ran out."""
+    ticks: int
+    """Actions and holds."""
+    decisions: int
+    """Answers received."""
+    holds: int
+    """Ticks at which the arm held."""
+    clips: int
+    """Ticks at which the safety gate changed the action."""
+    episode_id: str
+    """Empty when the server never opened it."""
+    version: int
+    seed: int
+    wall_s: float
+    answer_s: tuple[float, ...]
+    """For each decision, from the first request to its answer."""
+    message: str
+    """For an error, what went wrong."""
+    cadence: CadenceReport | None = None
+    """How well the loop kept its rate; None in lockstep."""
