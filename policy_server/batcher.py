@@ -1,0 +1,178 @@
+"""From single requests to batches: a bounded queue between the network and the engine.
+
+A ticket holds one place in the queue from admission, through preparation, to its answer:
+
+    admit -> (prepare) -> submit -> next_batch -> resolve
+                 └────────────┴─> withdraw: superseded, abandoned, or found bad
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from policy_server.errors import Overloaded, Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """One decision for the model: nothing of the network is left in it."""
+
+    prepared: Any
+    """What the policy's prepare() made of the observation."""
+    version: int
+    temperature: float
+    """0 is greedy."""
+    seed: int
+    decision: int
+    """The random stream of the answer is a function of (seed, decision)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeAnswer:
+    """The model's answer to one DecodeRequest."""
+
+    actions_KA: np.ndarray
+    """float32 (K, A), in the units of PolicySpec.action."""
+    token_ids_N: np.ndarray
+    """int32 (N,), N = K * A."""
+    token_logprobs_N: np.ndarray
+    """float32 (N,), natural logarithms."""
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """An answer and how it was served."""
+
+    answer: DecodeAnswer
+    version: int
+    """The weights that computed it."""
+    queue_ms: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One place in the queue.  `answer` resolves to Answered, or to the Refused that took the place away."""
+
+    answer: Future[Answered] = field(default_factory=Future)
+    request: DecodeRequest | None = None
+    submitted_s: float = 0.0
+    state: Literal["preparing", "queued", "decoding", "left"] = "preparing"
+
+
+class Batcher:
+    """Thread-safe.  `capacity` bounds the tickets that are being prepared or queued.
+
+    expected() gives how many episodes may have a request for the next batch.
+    """
+
+    def __init__(self, *, max_batch: int, max_wait_ms: float, capacity: int, expected: Callable[[], int]):
+        self._max_batch = max_batch
+        self._max_wait_s = max_wait_ms / 1e3
+        self._capacity = capacity
+        self._expected = expected
+        self._queue: list[Ticket] = []
+        self._preparing = 0
+        self._batch_s = 0.0
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def admit(self) -> Ticket:
+        """A place for a request that is about to be prepared.  Raises Overloaded at once when there is none."""
+        with self._changed:
+            waiting = self._preparing + len(self._queue)
+            if waiting >= self._capacity:
+                passes = waiting / self._max_batch
+                raise Overloaded(
+                    f"the queue is full: {waiting} requests wait, at most {self._capacity} may",
+                    retry_after_ms=max(1, round(1e3 * self._batch_s * passes)),
+                )
+            self._preparing += 1
+            return Ticket()
+
+    def submit(self, ticket: Ticket, request: DecodeRequest) -> None:
+        """Queues a prepared request; does nothing when the ticket was withdrawn meanwhile."""
+        with self._changed:
+            if ticket.state != "preparing":
+                return
+            ticket.request, ticket.submitted_s, ticket.state = request, time.monotonic(), "queued"
+            self._preparing -= 1
+            self._queue.append(ticket)
+            self._changed.notify()
+
+    def withdraw(self, ticket: Ticket, why: Refused) -> bool:
+        """Takes a ticket out before the model sees it and refuses it; False when that is too late."""
+        with self._changed:
+            if ticket.state == "preparing":
+                self._preparing -= 1
+            elif ticket.state == "queued":
+                self._queue.remove(ticket)
+            else:
+                return False
+            ticket.state = "left"
+        ticket.answer.set_exception(why)
+        return True
+
+    def next_batch(self) -> list[Ticket]:
+        """Up to max_batch queued tickets of one version, oldest first; blocks for the first; empty after stop()."""
+        with self._changed:
+            while not self._ready():
+                self._changed.wait(self._patience_s())
+            batch = self._matching()
+            for ticket in batch:
+                ticket.state = "decoding"
+                self._queue.remove(ticket)
+            return batch
+
+    def resolve(self, batch: list[Ticket], answers: list[DecodeAnswer], *, started_s: float) -> None:
+        """Hands out the answers of one pass that began at started_s (time.monotonic)."""
+        self._batch_s = time.monotonic() - started_s
+        for ticket, answer in zip(batch, answers, strict=True):
+            ticket.state = "left"
+            queue_ms = 1e3 * (started_s - ticket.submitted_s)
+            ticket.answer.set_result(
+                Answered(
+                    answer=answer, version=ticket.request.version, queue_ms=queue_ms, batch_size=len(batch)
+                )
+            )
+
+    def fail(self, batch: list[Ticket], why: Refused) -> None:
+        """Refuses every ticket of a pass that failed."""
+        for ticket in batch:
+            ticket.state = "left"
+            ticket.answer.set_exception(why)
+
+    def stop(self) -> None:
+        """No more batches once the queue is empty."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _matching(self) -> list[Ticket]:
+        """The tickets that could go with the oldest one: a pass of the model uses one version."""
+        version = self._queue[0].request.version if self._queue else None
+        return [ticket for ticket in self._queue if ticket.request.version == version][: self._max_batch]
+
+    def _ready(self) -> bool:
+        # A batch goes when it is full, when its oldest request has waited long enough, or when everyone who could
+        # still join has: a robot has one request at a time, so there are never more to come than episodes at work.
+        # One robot alone therefore never waits, and eight in step share one pass.
+        if not self._queue:
+            return self._stopped
+        full = len(self._matching()) >= self._max_batch
+        return full or self._stopped or self._patience_s() <= 0 or len(self._queue) >= self._expected()
+
+    def _patience_s(self) -> float | None:
+        if not self._queue:
+            return None
+        return self._queue[0].submitted_s + self._max_wait_s - time.monotonic()

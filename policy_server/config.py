@@ -1,0 +1,80 @@
+"""What `python -m policy_server serve` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protos.channel import DEFAULT_PORT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Serve a policy over gRPC."""
+
+    model: str = "nano"
+    """`nano` (the embedded default), a checkpoint folder, or a hub id such as `openvla/openvla-7b`."""
+
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's layout, applied to the model."""
+
+    unnorm_key: str | None = None
+    """Which of the checkpoint's statistics un-normalise the actions; needed when it holds several."""
+
+    image_path: Literal["checkpoint", "libero", "plain"] = "checkpoint"
+    """How images are prepared: as the checkpoint says, as LIBERO's fine-tuned models expect, or resized only."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on.  Calls are neither encrypted nor authenticated: keep to loopback or a trusted network."""
+
+    port: int = DEFAULT_PORT
+    """0 takes a free port, printed when serving."""
+
+    max_batch: int = 16
+    """Most requests in one pass of the model."""
+
+    max_wait_ms: float = 5.0
+    """Longest a request waits for others to share its pass."""
+
+    queue: int = 64
+    """Most requests waiting for a pass; more are refused with a hint when to retry."""
+
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the model; `auto` is bfloat16 on CUDA, float32 elsewhere."""
+
+    deterministic: bool = False
+    """Pad every pass to one shape: an answer is then bit-identical whatever shares its pass.  Slower."""
+
+    threads: int = 1
+    """CPU threads within one operation.  More than one pays only for large models on idle cores."""
+
+    episodes: Path | None = None
+    """Folder where finished episodes are kept; absent keeps none."""
+
+    keep_gb: float | None = None
+    """Most gigabytes of episodes to keep; the oldest go first.  Absent keeps all."""
+
+    episode_idle_s: float = 600.0
+    """An episode that was silent for longer is closed as an error."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be in 0..65535, got {self.port}")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
+        if not 0 <= self.max_wait_ms <= 1000:
+            raise ValueError(f"max_wait_ms must be in 0..1000, got {self.max_wait_ms}")
+        if self.queue < self.max_batch:
+            raise ValueError(f"queue must hold at least one batch ({self.max_batch}), got {self.queue}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.keep_gb is not None and not self.keep_gb > 0:
+            raise ValueError(f"keep_gb must be positive, got {self.keep_gb}")
+        if self.keep_gb is not None and self.episodes is None:
+            raise ValueError("keep_gb needs episodes, a folder to keep them in, got none")
+        if not self.episode_idle_s > 0:
+            raise ValueError(f"episode_idle_s must be positive, got {self.episode_idle_s}")

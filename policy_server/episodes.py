@@ -1,0 +1,174 @@
+"""Open episodes: which decision is due, what was answered, what was executed.  Lives on the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from policy_server.batcher import Ticket
+from policy_server.episode_store import EpisodeStore
+from policy_server.errors import OutOfOrder, Overloaded, Superseded
+from protos import episode_pb2, policy_pb2
+from protos.episode_file import EpisodeWriter
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 10_000
+"""How many request ids and closed episodes are remembered for retries."""
+AT_WORK_S = 1.0
+"""An episode that was silent for longer is not waited for when a batch is gathered."""
+
+
+@dataclass(eq=False)
+class Flight:
+    """A decision under way.  Several calls may wait for it: the first, and its retries."""
+
+    ticket: Ticket
+    task: asyncio.Task[policy_pb2.ActReply]
+    waiting: int = 0
+
+
+class Episode:
+    """One open episode.
+
+    Decisions come in order: a request may repeat the last answered decision (it gets the stored answer), name one not
+    answered yet, or the next one.  Executed ticks are recorded the first time their decision number arrives.
+    """
+
+    def __init__(self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None):
+        self.start = start
+        self.writer = writer
+        self.flights: dict[int, Flight] = {}
+        self.closing: asyncio.Task[int] | None = None
+        self.touched_s = time.monotonic()
+        self._newest = -1
+        self._ticked = -1
+        self._answered: policy_pb2.ActReply | None = None
+
+    def arrive(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply | None:
+        """Notes a request and its ticks; gives the stored answer of a retry.  Raises OutOfOrder, Superseded, OSError."""
+        self.touched_s = time.monotonic()
+        if self._answered is not None and request.decision == self._answered.decision:
+            return self._answered
+        due = self._answered.decision + 1 if self._answered is not None else 0
+        if not due <= request.decision <= self._newest + 1:
+            expected = f"{due}" if due > self._newest else f"{due} to {self._newest + 1}"
+            raise OutOfOrder(f"expected decision {expected}, got {request.decision}", field="decision")
+        if self.flights and request.decision < self._newest:
+            raise Superseded(f"superseded by decision {self._newest}", field="decision")
+        self._newest = max(self._newest, request.decision)
+        if request.decision > self._ticked and request.executed:
+            self._ticked = request.decision
+            self.record_ticks(list(request.executed))
+        return None
+
+    def answered(self, request: policy_pb2.ActRequest, reply: policy_pb2.ActReply) -> None:
+        """Records an answer and keeps it for a retry.  Raises OSError."""
+        self.touched_s = time.monotonic()
+        self._answered = reply
+        if self.writer is not None:
+            self.writer.decision(
+                episode_pb2.Decision(decision=request.decision, observation=request.observation, chunk=reply.chunk)
+            )
+
+    def record_ticks(self, ticks: list[episode_pb2.Tick]) -> None:
+        """Raises OSError."""
+        if self.writer is not None:
+            self.writer.executed(ticks)
+
+
+class Episodes:
+    """The open episodes, and enough about the closed ones to answer a retry."""
+
+    def __init__(self, store: EpisodeStore | None):
+        self._store = store
+        self._open: dict[str, Episode] = {}
+        self._closed: OrderedDict[str, int] = OrderedDict()
+        self._replies: OrderedDict[str, policy_pb2.StartEpisodeReply] = OrderedDict()
+
+    @property
+    def stores(self) -> bool:
+        return self._store is not None
+
+    def at_work(self) -> int:
+        """How many episodes were heard of lately.  May be called from any thread."""
+        since_s = time.monotonic() - AT_WORK_S
+        return sum(episode.touched_s >= since_s for episode in list(self._open.values()))
+
+    def start(
+        self, request_id: str, make: Callable[[str], episode_pb2.EpisodeStart]
+    ) -> policy_pb2.StartEpisodeReply:
+        """Opens an episode, once per request id.  Raises Overloaded when it could not be stored."""
+        if request_id and request_id in self._replies:
+            return self._replies[request_id]
+        start = make(f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}")
+        writer = self._store.open(start) if self._store is not None else None
+        self._open[start.episode_id] = Episode(start, writer)
+        reply = policy_pb2.StartEpisodeReply(episode_id=start.episode_id, version=start.version, seed=start.seed)
+        if request_id:
+            _remember(self._replies, request_id, reply)
+        return reply
+
+    def find(self, episode_id: str) -> Episode:
+        """An open episode.  Raises OutOfOrder for a closed and for an unknown one."""
+        episode = self._open.get(episode_id)
+        if episode is not None and episode.closing is None:
+            return episode
+        if episode is not None or self.closed(episode_id) is not None:
+            raise OutOfOrder(f"episode {episode_id!r} is closed", field="episode_id")
+        raise OutOfOrder(f"there is no episode {episode_id!r} on this server", field="episode_id")
+
+    def closing(self, episode_id: str) -> asyncio.Task[int] | None:
+        """The closing under way of an episode."""
+        episode = self._open.get(episode_id)
+        return episode.closing if episode is not None else None
+
+    def closed(self, episode_id: str) -> int | None:
+        """The sequence number of a closed episode, 0 when it is not stored; None for one that is not closed."""
+        if episode_id in self._closed:
+            return self._closed[episode_id]
+        return self._store.find(episode_id) if self._store is not None else None
+
+    def idle(self, limit_s: float) -> list[Episode]:
+        """The open episodes that were silent for longer than limit_s."""
+        since_s = time.monotonic() - limit_s
+        return [e for e in self.open if not e.flights and e.touched_s < since_s]
+
+    @property
+    def open(self) -> list[Episode]:
+        return [episode for episode in self._open.values() if episode.closing is None]
+
+    async def close(
+        self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: list[episode_pb2.Tick]
+    ) -> int:
+        """Ends an episode and gives its sequence number.  Raises Overloaded when the disk refuses."""
+        try:
+            episode.record_ticks(ticks)
+            sequence = 0
+            if self._store is not None and episode.writer is not None:
+                sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
+        except OSError as error:
+            raise self.abandon(episode, error) from error
+        self._forget(episode, sequence)
+        return sequence
+
+    def abandon(self, episode: Episode, error: OSError) -> Overloaded:
+        """Closes an episode whose file takes no more records: it will never be whole."""
+        log.error("episode %s is lost: its file takes no more records: %s", episode.start.episode_id, error.strerror)
+        self._forget(episode, 0)
+        return Overloaded(f"the episode cannot be stored and is closed: {error.strerror}")
+
+    def _forget(self, episode: Episode, sequence: int) -> None:
+        self._open.pop(episode.start.episode_id, None)
+        _remember(self._closed, episode.start.episode_id, sequence)
+
+
+def _remember(memory: OrderedDict, key: str, value: object) -> None:
+    memory[key] = value
+    if len(memory) > REMEMBERED:
+        memory.popitem(last=False)

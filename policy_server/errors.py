@@ -1,0 +1,82 @@
+"""Why a request got no answer, as exceptions; each knows its gRPC status.
+
+PolicyServerError
+├── CannotStart         the configuration, checkpoint or address does not allow a server
+└── Refused             one request, refused: what was got and what is expected
+    ├── BadRequest      INVALID_ARGUMENT     the request itself is wrong; repeating it does not help
+    ├── OutOfOrder      FAILED_PRECONDITION  the episode is unknown, closed, or elsewhere in its sequence
+    ├── UnknownVersion  NOT_FOUND            no such weights
+    ├── Overloaded      RESOURCE_EXHAUSTED   the queue or the disk is full; try again later
+    ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
+    ├── Abandoned       CANCELLED            nobody waits for the answer any more
+    ├── EngineFailed    INTERNAL             the model raised
+    └── Unavailable     UNAVAILABLE          not warm yet, or stopping
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from protos import policy_pb2
+
+
+class PolicyServerError(Exception):
+    """Root of this package's errors."""
+
+
+class CannotStart(PolicyServerError):
+    """No server can run as configured.  The message is one sentence for whoever typed the command."""
+
+
+class Refused(PolicyServerError):
+    """One request gets no chunk.
+
+    field: path of the field at fault, e.g. "observation.images[agentview]", or "".
+    retry_after_ms: when to try again; 0 means do not repeat the request.
+    """
+
+    status = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0):
+        super().__init__(message)
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+    @property
+    def message(self) -> policy_pb2.Refusal:
+        """This refusal as it travels."""
+        return policy_pb2.Refusal(
+            code=self.status.value[0], field=self.field, message=str(self), retry_after_ms=self.retry_after_ms
+        )
+
+
+class BadRequest(Refused):
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class OutOfOrder(Refused):
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnknownVersion(Refused):
+    status = grpc.StatusCode.NOT_FOUND
+
+
+class Overloaded(Refused):
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Superseded(Refused):
+    status = grpc.StatusCode.ABORTED
+
+
+class Abandoned(Refused):
+    status = grpc.StatusCode.CANCELLED
+
+
+class EngineFailed(Refused):
+    status = grpc.StatusCode.INTERNAL
+
+
+class Unavailable(Refused):
+    status = grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,339 @@
+"""The Policy service: from messages to the batcher and back.
+
+One event loop does the network; images are decoded and prepared in a small pool, so that this overlaps with the model,
+which runs in the engine's thread.  A call that the client cancels, or whose deadline passes, is cancelled by gRPC: the
+last one to leave takes its decision out of the queue before the model sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
+from policy_server.episodes import Episode, Episodes, Flight
+from policy_server.errors import Abandoned, BadRequest, EngineFailed, Refused, Superseded, Unavailable
+from policy_server.observation import Observed, check_ticks, read_observation
+from policy_server.versions import Versions
+from protos import episode_pb2, policy_pb2, policy_pb2_grpc
+from protos.codec import encode_tensor
+
+log = logging.getLogger(__name__)
+
+REFUSAL_KEY = "vla-rl-refusal-bin"
+STREAM_DEPTH = 8
+"""Requests of one stream that may be under way; the rest waits in the client's flow control."""
+RETRY_SOON_MS = 500
+
+Prepare = Callable[[Observed], Any]
+
+
+def refusing(handler):
+    """A unary handler whose Refused becomes the call's status, with the Refusal in the trailing metadata."""
+
+    @functools.wraps(handler)
+    async def answer(self, request, context):
+        try:
+            return await handler(self, request, context)
+        except Refused as refused:
+            metadata = ((REFUSAL_KEY, refused.message.SerializeToString()),)
+            await context.abort(refused.status, _sentence(refused), trailing_metadata=metadata)
+
+    return answer
+
+
+class PolicyService(policy_pb2_grpc.PolicyServicer):
+    """prepare(observed) runs in one of `preparers` threads; what it returns goes to the model as it is."""
+
+    def __init__(
+        self,
+        *,
+        spec: policy_pb2.PolicySpec,
+        versions: Versions,
+        prepare: Prepare,
+        batcher: Batcher,
+        episodes: Episodes,
+        preparers: int = 2,
+    ):
+        self._spec = spec
+        self._versions = versions
+        self._prepare = prepare
+        self._batcher = batcher
+        self._episodes = episodes
+        self._pool = ThreadPoolExecutor(preparers, thread_name_prefix="prepare")
+        self._closed_because = "the model is warming up"
+        self._streams: set[asyncio.Task] = set()
+
+    def open(self) -> None:
+        """From now on decisions are taken."""
+        self._closed_because = ""
+
+    async def drain(self) -> None:
+        """Refuses new decisions and episodes, finishes those under way, closes the open episodes as errors."""
+        self._closed_because = "the server is stopping"
+        for task in self._streams:
+            task.cancel()
+        for episode in self._episodes.open:
+            await asyncio.gather(*(flight.task for flight in episode.flights.values()), return_exceptions=True)
+        for episode in self._episodes.open:
+            await self._close(episode, error="the server stopped")
+
+    async def expire(self, idle_s: float) -> None:
+        """Closes as errors the episodes that were silent for longer than idle_s; runs until cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, idle_s / 4))
+            for episode in self._episodes.idle(idle_s):
+                log.warning("episode %s was silent for %g s: closed as an error", episode.start.episode_id, idle_s)
+                await self._close(episode, error=f"nothing was heard of it for {idle_s:g} s")
+
+    @refusing
+    async def GetSpec(self, request: policy_pb2.GetSpecRequest, context: Any) -> policy_pb2.PolicySpec:
+        spec = policy_pb2.PolicySpec()
+        spec.CopyFrom(self._spec)
+        spec.live_version = self._versions.live
+        spec.versions.extend(self._versions.known)
+        spec.stores_episodes = self._episodes.stores
+        return spec
+
+    @refusing
+    async def StartEpisode(
+        self, request: policy_pb2.StartEpisodeRequest, context: Any
+    ) -> policy_pb2.StartEpisodeReply:
+        self._check_open()
+        if not (math.isfinite(request.temperature) and request.temperature >= 0):
+            raise BadRequest(f"must be finite and not negative, got {request.temperature}", field="temperature")
+        if request.purpose == episode_pb2.PURPOSE_UNSPECIFIED:
+            raise BadRequest("must say what the episode is for, got PURPOSE_UNSPECIFIED", field="purpose")
+        if request.follow_live and request.HasField("version"):
+            raise BadRequest(
+                f"an episode follows live or names a version, got version {request.version} and follow_live",
+                field="follow_live",
+            )
+        version = self._versions.check(request.version) if request.HasField("version") else self._versions.live
+        return self._episodes.start(request.request_id, lambda name: self._start_record(name, version, request))
+
+    @refusing
+    async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
+        return await self._answer(request)
+
+    async def ActStream(
+        self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any
+    ) -> None:
+        under_way: set[asyncio.Task] = set()
+        writing = asyncio.Lock()
+
+        async def serve(request: policy_pb2.ActRequest) -> None:
+            try:
+                reply = await self._answer(request)
+            except Refused as refused:
+                reply = _reply(request, refusal=refused.message)
+            async with writing:
+                await context.write(reply)
+
+        async def read() -> None:
+            async for request in requests:
+                task = asyncio.create_task(serve(request))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                if len(under_way) >= STREAM_DEPTH:
+                    await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+
+        reading = asyncio.create_task(read())
+        self._streams.add(reading)
+        try:
+            await asyncio.wait({reading})  # until the client half-closes, or drain() stops the reading
+            await asyncio.gather(*under_way)
+        finally:
+            self._streams.discard(reading)
+            for task in {reading, *under_way}:
+                task.cancel()
+
+    @refusing
+    async def EndEpisode(
+        self, request: policy_pb2.EndEpisodeRequest, context: Any
+    ) -> policy_pb2.EndEpisodeReply:
+        closing = self._episodes.closing(request.episode_id)
+        if closing is None:
+            sequence = self._episodes.closed(request.episode_id)
+            if sequence is not None:
+                return policy_pb2.EndEpisodeReply(sequence=sequence)
+            episode = self._episodes.find(request.episode_id)
+            self._check_end(request)
+            end = episode_pb2.EpisodeEnd(
+                outcome=request.outcome,
+                terminal=request.terminal,
+                final_observation=request.final_observation if request.HasField("final_observation") else None,
+                message=request.message,
+                ended_unix_ns=time.time_ns(),
+            )
+            closing = self._begin_close(episode, end, list(request.executed))
+        return policy_pb2.EndEpisodeReply(sequence=await asyncio.shield(closing))
+
+    async def _answer(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
+        """The chunk for one request.  Raises Refused."""
+        self._check_open()
+        episode = self._episodes.find(request.episode_id)
+        check_ticks(request.executed, len(self._spec.action))
+        try:
+            stored = episode.arrive(request)
+        except OSError as error:
+            raise self._episodes.abandon(episode, error) from error
+        if stored is not None:
+            return stored
+        flight = episode.flights.get(request.decision) or self._launch(episode, request)
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if flight.waiting == 0:
+                self._batcher.withdraw(flight.ticket, Abandoned("nobody waits for this answer"))
+
+    def _launch(self, episode: Episode, request: policy_pb2.ActRequest) -> Flight:
+        superseded = Superseded(f"superseded by decision {request.decision}", field="decision")
+        for older in episode.flights.values():
+            self._batcher.withdraw(older.ticket, superseded)
+        ticket = self._batcher.admit()
+        flight = Flight(ticket=ticket, task=asyncio.create_task(self._decide(episode, request, ticket)))
+        episode.flights[request.decision] = flight
+        flight.task.add_done_callback(lambda _: _land(episode, request.decision, flight))
+        return flight
+
+    async def _decide(
+        self, episode: Episode, request: policy_pb2.ActRequest, ticket: Ticket
+    ) -> policy_pb2.ActReply:
+        started_s = time.monotonic()
+        start = episode.start
+        try:
+            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, request)
+            decode = DecodeRequest(
+                prepared=prepared,
+                version=self._versions.live if start.follow_live else start.version,
+                temperature=start.temperature,
+                seed=start.seed,
+                decision=request.decision,
+            )
+            self._batcher.submit(ticket, decode)
+        except Refused as refused:
+            self._batcher.withdraw(ticket, refused)
+        except Exception:  # a fault of ours: it costs this request, not the server
+            log.exception("preparing decision %d of episode %s failed", request.decision, start.episode_id)
+            self._batcher.withdraw(ticket, EngineFailed("the observation could not be prepared"))
+        answered = await asyncio.wrap_future(ticket.answer)
+        prepare_ms = 1e3 * (ticket.submitted_s - started_s)
+        reply = _reply(request, chunk=_chunk(answered, start.temperature, prepare_ms))
+        try:
+            episode.answered(request, reply)
+        except OSError as error:
+            raise self._episodes.abandon(episode, error) from error
+        return reply
+
+    def _prepared(self, request: policy_pb2.ActRequest) -> Any:
+        return self._prepare(read_observation(request.observation, self._spec, field="observation"))
+
+    def _check_open(self) -> None:
+        if self._closed_because:
+            raise Unavailable(self._closed_because, retry_after_ms=RETRY_SOON_MS)
+
+    def _check_end(self, request: policy_pb2.EndEpisodeRequest) -> None:
+        if request.outcome == episode_pb2.OUTCOME_UNSPECIFIED:
+            raise BadRequest("must say how the episode ended, got OUTCOME_UNSPECIFIED", field="outcome")
+        check_ticks(request.executed, len(self._spec.action))
+        # An episode that ended in an error is taken whatever it saw last: the frame may be the error.
+        if request.HasField("final_observation") and request.outcome != episode_pb2.OUTCOME_ERROR:
+            read_observation(request.final_observation, self._spec, field="final_observation")
+
+    def _begin_close(
+        self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: list[episode_pb2.Tick]
+    ) -> asyncio.Task[int]:
+        async def close() -> int:
+            for flight in list(episode.flights.values()):
+                self._batcher.withdraw(flight.ticket, Superseded("superseded by the end of the episode"))
+                await asyncio.wait({flight.task})  # one that is in the model is still recorded
+            return await self._episodes.close(episode, end, ticks)
+
+        episode.closing = asyncio.create_task(close())
+        return episode.closing
+
+    async def _close(self, episode: Episode, *, error: str) -> None:
+        end = episode_pb2.EpisodeEnd(
+            outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns()
+        )
+        with contextlib.suppress(Refused):  # a full disk: abandon() has said so
+            await self._begin_close(episode, end, [])
+
+    def _start_record(
+        self, episode_id: str, version: int, request: policy_pb2.StartEpisodeRequest
+    ) -> episode_pb2.EpisodeStart:
+        return episode_pb2.EpisodeStart(
+            episode_id=episode_id,
+            task=request.task,
+            initial_state=request.initial_state,
+            purpose=request.purpose,
+            version=version,
+            follow_live=request.follow_live,
+            temperature=request.temperature,
+            seed=request.seed if request.HasField("seed") else secrets.randbits(63),
+            base_fingerprint=self._spec.base_fingerprint,
+            image_path=self._spec.image_path,
+            unnorm_key=self._spec.unnorm_key,
+            asset_tree=request.asset_tree,
+            arm=request.arm,
+            tick_rate_hz=request.tick_rate_hz,
+            started_unix_ns=time.time_ns(),
+            state_names=[dimension.name for dimension in self._spec.state],
+        )
+
+
+def _land(episode: Episode, decision: int, flight: Flight) -> None:
+    if episode.flights.get(decision) is flight:
+        del episode.flights[decision]
+    flight.task.exception()  # seen: whoever still waits for it is told
+
+
+def _chunk(answered: Answered, temperature: float, prepare_ms: float) -> episode_pb2.Chunk:
+    answer = answered.answer
+    return episode_pb2.Chunk(
+        actions=encode_tensor(answer.actions_KA),
+        token_ids=encode_tensor(answer.token_ids_N),
+        token_logprobs=encode_tensor(answer.token_logprobs_N),
+        version=answered.version,
+        temperature=temperature,
+        timing=episode_pb2.Timing(
+            queue_ms=answered.queue_ms,
+            prepare_ms=prepare_ms,
+            vision_ms=answer.vision_ms,
+            prefill_ms=answer.prefill_ms,
+            decode_ms=answer.decode_ms,
+            batch_size=answered.batch_size,
+        ),
+    )
+
+
+def _reply(
+    request: policy_pb2.ActRequest,
+    *,
+    chunk: episode_pb2.Chunk | None = None,
+    refusal: policy_pb2.Refusal | None = None,
+) -> policy_pb2.ActReply:
+    return policy_pb2.ActReply(
+        episode_id=request.episode_id,
+        decision=request.decision,
+        capture_time_ns=request.observation.capture_time_ns,
+        chunk=chunk,
+        refusal=refusal,
+    )
+
+
+def _sentence(refused: Refused) -> str:
+    return f"{refused.field}: {refused}" if refused.field else str(refused)

@@ -1,0 +1,66 @@
+"""A real server on a real socket, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from policy_server.episode_store import EpisodeStore
+from policy_server.server import PolicyServer
+from protos import policy_pb2_grpc
+
+DEFAULTS: dict[str, Any] = {"max_batch": 4, "max_wait_ms": 5.0, "queue": 8, "episode_idle_s": 600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningServer:
+    address: str
+    channel: grpc.Channel
+    server: PolicyServer
+    loop: asyncio.AbstractEventLoop
+    model: Any
+
+    @property
+    def policy(self) -> policy_pb2_grpc.PolicyStub:
+        return policy_pb2_grpc.PolicyStub(self.channel)
+
+    def begin_stop(self):
+        """Starts a clean stop; gives its future."""
+        return asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop)
+
+
+@contextlib.contextmanager
+def serving(
+    model: Any, *, episodes: Path | None = None, store: EpisodeStore | None = None, warm: bool = True, **options: Any
+) -> Iterator[RunningServer]:
+    """Serves the model on a free port until the block ends.  With warm=False it stays NOT_SERVING."""
+    if episodes is not None:
+        store = EpisodeStore(episodes)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def build() -> tuple[PolicyServer, int]:
+        server = PolicyServer(model, host="127.0.0.1", port=0, store=store, **{**DEFAULTS, **options})
+        port = await server.start()
+        if warm:
+            await server.warm_up()
+        return server, port
+
+    server, port = asyncio.run_coroutine_threadsafe(build(), loop).result(60)
+    address = f"127.0.0.1:{port}"
+    try:
+        with grpc.insecure_channel(address) as channel:
+            yield RunningServer(address=address, channel=channel, server=server, loop=loop, model=model)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
