@@ -86,7 +86,7 @@ class Spec:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 when every episode came to an end, 1 when one ended as an error, 2 when it was refused before anything moved."""
+    """0 when every episode ended, 1 when one of them ended as an error, 2 when refused before anything moved."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     commands = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Spec, tyro.conf.subcommand("spec")]
     command, rest = tyro.cli(commands, args=args, prog="robot_client", return_unknown_args=True)

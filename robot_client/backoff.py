@@ -6,7 +6,7 @@ import random
 
 
 class BackOff:
-    """Doubles from `first_s` to `ceiling_s`; each wait is drawn from its upper half, so that robots do not return in step."""
+    """Doubles from `first_s` to `ceiling_s`.  Each wait is drawn from its upper half: robots do not return in step."""
 
     def __init__(self, *, first_s: float = 0.1, ceiling_s: float = 2.0):
         self.first_s = first_s

@@ -40,7 +40,7 @@ class Chunks:
         self.horizon = replan_after or chunk_length
         if not 0 <= ahead_ticks < self.horizon:
             raise ValueError(
-                f"ahead_ticks must be in [0, {self.horizon - 1}] when {self.horizon} actions of each chunk are executed, "
+                f"ahead_ticks must be in [0, {self.horizon - 1}] where {self.horizon} actions of a chunk are executed, "
                 f"got {ahead_ticks}"
             )
         self.ahead_ticks = ahead_ticks

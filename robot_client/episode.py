@@ -260,7 +260,7 @@ class Episode:
         )
 
     def _close(self, ending: Ending, final: Observation | None) -> None:
-        """A success or a failure counts only when it is acknowledged; an error is reported once, if the server is there."""
+        """A success or a failure counts only when acknowledged; an error is reported once, if the server is there."""
         failed = ending.outcome == "error"
         if not failed:
             self._decisions.settle()

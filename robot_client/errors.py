@@ -16,6 +16,8 @@ RobotError
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from google.protobuf.message import DecodeError
 
@@ -120,7 +122,8 @@ def of_refusal(refusal: policy_pb2.Refusal) -> PolicyError:
 def of_rpc(error: grpc.RpcError, address: str) -> PolicyError:
     """The error that a failed call stands for: its Refusal when the trailing metadata carries one, else its status."""
     assert isinstance(error, grpc.Call)
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata()
+    for key, value in metadata or ():
         if key == REFUSAL_METADATA and isinstance(value, bytes):
             try:
                 return of_refusal(policy_pb2.Refusal.FromString(value))

@@ -1,4 +1,4 @@
-"""Arms by name.  A package offers one by an entry point of the group `vla_rl.arms`; this one brings kinematic and replay.
+"""Arms by name.  A package offers one by an entry point of the group `vla_rl.arms`; kinematic and replay are here.
 
 An arm is a class whose constructor takes keyword arguments of simple types: they become its flags on the command line.
 """

@@ -1,4 +1,4 @@
-"""A recorded episode as an arm: shows the recorded observations, and measures how far the answers are from what was done.
+"""A recorded episode as an arm: shows what was recorded, and measures how far the answers are from what was done.
 
 Exercises the server and the network without hardware.  Answers do not change what is shown next.
 """
