@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from robot_client.drivers import run_lockstep
-from robot_client.episode import Observer
 
 from protos import episode_pb2
 from robot_client.arm import ArmState, Task
 from robot_client.client import PolicyClient
+from robot_client.drivers import run_lockstep
 from robot_client.errors import PolicyError
+from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from sim import assets
 from sim.evaluate import episode_seed

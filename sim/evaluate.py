@@ -112,12 +112,15 @@ def plan(config: EvaluateConfig, suite: Suite, version: int) -> list[Rollout]:
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Runs the evaluation with a progress bar; returns also after Ctrl-C, then with what there is."""
-    suite = find_suite(config.suite)
+    """Plans the evaluation from what the server says and carries it out."""
     with PolicyClient(config.server, give_up_after_s=10.0) as client:
         spec = client.spec()
     version = spec.message.live_version if config.version is None else config.version
-    rollouts = plan(config, suite, version)
+    return carry_out(config, spec, plan(config, find_suite(config.suite), version))
+
+
+def carry_out(config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollout]) -> Report:
+    """Runs the rollouts with a progress bar; returns also after Ctrl-C, then with what there is."""
     worker = WorkerConfig(
         server=config.server,
         slots=config.slots,
@@ -143,7 +146,7 @@ def watch(finished: Iterable[Finished], *, planned: int) -> list[EpisodeRecord]:
             for item in finished:
                 episodes.append(record_of(item))
                 rate = rate_of(episodes)
-                bar.set_postfix_str(f"success {rate.successes}/{rate.n}, errors {rate.errors}")
+                bar.set_postfix_str(f"success {rate.successes}/{rate.n}, errors {rate.errors}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
             logger.error("interrupted after %d of %d episodes", len(episodes), planned)

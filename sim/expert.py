@@ -16,6 +16,7 @@ from sim.expert_view import Extent, View
 
 REACH_M = 0.05  # what a full action asks of the controller in one tick (OSC_POSE's output_max)
 OPEN, CLOSED = 1.0, 0.0
+UP = np.array([0.0, 0.0, 1.0])
 
 
 class Aim(NamedTuple):
@@ -49,9 +50,7 @@ class Expert:
     (1.5, 0.75: about 1 cm a tick) is cloned better than a fast one.
     """
 
-    def __init__(
-        self, scene: SceneState, recipe: tuple[Skill, ...], *, gain: float = 1.5, speed: float = 0.75
-    ) -> None:
+    def __init__(self, scene: SceneState, recipe: tuple[Skill, ...], *, gain: float = 1.5, speed: float = 0.75) -> None:
         if not 0 < speed <= 1:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         self.view = View(scene.model, scene.data)
@@ -110,6 +109,8 @@ class Place:
     """from the target's centre, in x and y"""
     radius_m: float = 0.03
     """how far from there, horizontally, the object counts as delivered"""
+    near_m: float = 0.01
+    """horizontal distance within which the hand goes straight down"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class PickPlace:
         extent, eef, pinched = view.extent(self.body), view.eef, view.pinches(self.body)
         if self.place is not None and self._delivered(view, extent):
             clear = not pinched and view.closed < 0.3
-            return Aim(eef + [0, 0, 0.1] if clear else eef, OPEN)
+            return Aim(eef + 0.1 * UP if clear else eef, OPEN)
         if pinched and view.closed > 0.9:
             return Aim(self._carry(view, extent), CLOSED)
         return self._take(view, extent, pinched)
@@ -143,18 +144,17 @@ class PickPlace:
         if distance < (2.5 if closing else 1.0) * self.near_m and height < (0.025 if closing else 0.01):
             missed = closing and not pinched and view.gap < 0.01
             if missed:
-                return Aim(eef + [0, 0, 0.05], OPEN)
+                return Aim(eef + 0.05 * UP, OPEN)
             return Aim(eef if closing else point, CLOSED)
         hover = extent.high[2] + self.hover_m - point[2]
         return Aim(_approach(eef, point, hover=hover, near=self.near_m), OPEN)
 
     def _carry(self, view: View, extent: Extent) -> np.ndarray:
         eef = view.eef
-        hand = eef - [*extent.centre[:2], extent.low[2]]  # hand relative to the middle of the object's bottom
         if self.place is None:
-            return eef + [0, 0, 0.05]
-        goal = self._goal(view) + hand
-        return _approach(eef, goal, hover=self.place.carry_m - self.place.release_m, near=self.near_m)
+            return eef + 0.05 * UP
+        goal = self._goal(view) + eef - [*extent.centre[:2], extent.low[2]]  # the object hangs below the hand
+        return _approach(eef, goal, hover=self.place.carry_m - self.place.release_m, near=self.place.near_m)
 
     def _goal(self, view: View) -> np.ndarray:
         """(3,) where the middle of the object's bottom should be when the fingers open."""
@@ -172,8 +172,8 @@ class PickPlace:
 def _approach(eef: np.ndarray, goal: np.ndarray, *, hover: float, near: float) -> np.ndarray:
     """The next waypoint towards goal: over it at `hover` first, then straight down; up before sideways when too low."""
     away = np.hypot(*(goal - eef)[:2])
-    waypoint = goal + [0, 0, hover * np.clip((away - near) / near, 0.0, 1.0)]
+    waypoint = goal + hover * np.clip((away - near) / 0.01, 0.0, 1.0) * UP
     too_low = waypoint[2] - eef[2]
-    sideways = np.clip(1.25 - too_low / 0.04, 0.0, 1.0)
+    sideways = np.clip(1.5 - too_low / 0.04, 0.0, 1.0)
     waypoint[:2] = eef[:2] + sideways * (waypoint[:2] - eef[:2])
     return waypoint

@@ -52,7 +52,7 @@ class Deadlines:
     build: float = 180.0
     """while it builds what a group needs"""
     step: float = 60.0
-    """between two steps of its work, waiting for the policy server included"""
+    """between two steps of its work"""
 
 
 @dataclass(frozen=True, kw_only=True)

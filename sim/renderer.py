@@ -45,6 +45,10 @@ class SceneRenderer:
 
     def close(self) -> None:
         """Free the graphics memory."""
-        self._gl.make_current()
-        self._context.free()
-        self._gl.free()
+        if self._gl is not None:
+            self._gl.make_current()  # the context below would otherwise free another scene's objects
+            self._context.free()
+            self._gl.free()
+            self._gl = None
+
+    __del__ = close

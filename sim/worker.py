@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from robot_client.drivers import run_lockstep
-from robot_client.episode import EpisodeConfig, Observer
 
 from protos import episode_pb2
 from robot_client.arm import ArmState, Observation
 from robot_client.client import PolicyClient
+from robot_client.drivers import run_lockstep
+from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from sim.job_queue import Job
 from sim.libero_arm import LiberoArm
@@ -85,8 +85,8 @@ def _run_group(
         videos = [] if config.videos is None else [Reel(config.videos, keep=config.videos_per_outcome)]
         return [Heartbeat(progress), *videos]
 
-    settings = EpisodeConfig(give_up_after_s=SERVER_PATIENCE_S)
-    for result in run_lockstep(arms, rollouts(), client, settings, observers=observers):
+    results = run_lockstep(arms, rollouts(), client, observers=observers, on_wait=lambda: progress("step"))
+    for result in results:
         yield _answer(result)
     scenes.require_budget()
 
