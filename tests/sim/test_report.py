@@ -31,6 +31,7 @@ def report(episodes: list[EpisodeRecord], **changes) -> Report:
         "seed": 0,
         "processes": 2,
         "slots": 4,
+        "setup_s": 5.0,
         "wall_s": 60.0,
         "planned": len(episodes),
         "episodes": tuple(episodes),
