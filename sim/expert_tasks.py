@@ -10,7 +10,7 @@ Recipe = tuple[Skill, ...]
 # Flat boxes are taken behind their middle: the hand, 20 cm wide, would land on their neighbours.
 FLAT_BOX = Grasp(offset_m=(-0.02, 0.0))
 UPRIGHT = Grasp()
-BASKET = Place(target="basket_1_main", carry_m=0.05, release_m=-0.03, radius_m=0.05, near_m=0.03)
+BASKET = Place(target="basket_1_main", carry_m=0.05, release_m=-0.08, radius_m=0.05, near_m=0.03)
 
 
 def _into_basket(name: str, grasp: Grasp = UPRIGHT) -> dict[str, Recipe]:
