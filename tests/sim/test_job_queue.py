@@ -42,10 +42,10 @@ def test_every_job_ends_exactly_once_whatever_workers_do():
 
 
 def test_a_worker_is_given_one_group_at_a_time_the_largest_free_one_first():
-    queue = JobQueue(jobs(small=1, large=6, middle=3))
-    assert queue.take(0).group == "large"
-    assert queue.take(1).group == "middle"
-    assert drain(queue, 0, "large") == [f"large{i}" for i in range(1, 6)]
+    queue = JobQueue(jobs(b=3, a=1, c=6))
+    assert queue.take(0).group == "c"
+    assert queue.take(1).group == "b"
+    assert drain(queue, 0, "c") == [f"c{i}" for i in range(1, 6)]
 
 
 def test_a_second_worker_joins_a_group_only_while_enough_of_it_waits():
@@ -63,6 +63,26 @@ def test_suspects_are_tried_again_alone():
     for key in ("a0", "a1", "a2"):
         assert drain(queue, 1) == [key]
         assert queue.finish(1, key, None).attempts == 2
+
+
+def test_nothing_is_handed_out_beside_a_suspect():
+    queue = JobQueue(jobs(a=6))
+    held = [queue.take(0).key, queue.take(0, "a").key]
+    beside = queue.take(1)
+    queue.lose(0, "killed")
+    assert queue.take(2).key in held
+    assert queue.take(2, "a") is None  # a2.. wait, and so does the other suspect
+    assert queue.take(1, "a").key not in (*held, beside.key)  # whoever holds a fresh job gets a fresh one
+
+
+def test_failures_with_successes_between_them_do_not_quarantine():
+    queue = JobQueue(jobs(a=20), attempts=3)
+    for worker in range(20):
+        job = queue.take(worker)
+        queue.lose(worker, "killed")
+        assert queue.take(worker + 100).key == job.key
+        queue.finish(worker + 100, job.key, None)
+    assert queue.quarantined == [] and queue.unfinished == 0
 
 
 def test_a_job_that_kills_its_worker_ends_as_an_error_and_its_neighbours_do_not():
