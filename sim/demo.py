@@ -101,8 +101,7 @@ def film(
         (result,) = run_lockstep([arm], [rollout], client, observers=lambda _: [camera])
     finally:
         arm.close()
-    caption = f"{task.instruction}"[: config.size_px // 6]
-    return [captioned(frame, caption) for frame in camera.frames], result
+    return [captioned(frame, task.instruction) for frame in camera.frames], result
 
 
 class Camera(Observer):

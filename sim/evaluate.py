@@ -37,7 +37,12 @@ PROTOCOL_NOTES = {
     "tune": "states that choices are made on",
 }
 # One thread a process: workers share the cores with each other and with the server.
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "GRPC_VERBOSITY": "ERROR",  # it remarks on every fork, and a video's encoder is one
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-CAPTION_PX = 14
+CAPTION_PX = 28
+CHARACTER_PX = 6
 
 
 def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: int) -> None:
@@ -43,11 +45,12 @@ def write_gif(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: flo
 
 
 def captioned(frame_HW3: np.ndarray, text: str) -> np.ndarray:
-    """The frame with a line of text on a dark strip below it."""
+    """The frame with the text, wrapped to two lines, on a dark strip below it."""
     height, width = frame_HW3.shape[:2]
+    lines = textwrap.wrap(text, max(8, width // CHARACTER_PX))[:2]
     picture = Image.new("RGB", (width, height + CAPTION_PX), (20, 20, 28))
     picture.paste(Image.fromarray(frame_HW3), (0, 0))
-    ImageDraw.Draw(picture).text((3, height + 1), text, fill=(235, 235, 235))
+    ImageDraw.Draw(picture).multiline_text((3, height + 1), "\n".join(lines), fill=(235, 235, 235), spacing=2)
     return np.asarray(picture)
 
 
