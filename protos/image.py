@@ -1,7 +1,8 @@
 """Pixels: encode, decode, resize, crop.  One arithmetic for client, server and trainer.
 
 The resize and the crop have TensorFlow's semantics, since the published policies were trained on images that went
-through it; `../shared/openvla_golden/README.md` holds the reference arrays and the formulas.  Images are uint8 (H, W, 3) RGB.
+through it; `../shared/openvla_golden/README.md` holds the reference arrays and the formulas.  Images are uint8
+(H, W, 3) RGB.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def encode_jpeg(pixels_HW3: np.ndarray, *, quality: int = 95) -> bytes:
 
 
 def decode_jpeg(data: bytes, *, size: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 (H, W, 3), decoded with the fast integer DCT as TensorFlow does by default.  `size` is the expected (H, W)."""
+    """uint8 (H, W, 3), decoded with the fast integer DCT, TensorFlow's default.  `size` is the expected (H, W)."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _check_size("JPEG", (height, width), size)
@@ -94,7 +95,7 @@ def lanczos3(pixels_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _lanczos_matrix(source: int, target: int) -> np.ndarray:
-    """float32 (target, source).  Half-pixel centres, kernel widened when shrinking, weights renormalised at the borders."""
+    """float32 (target, source).  Half-pixel centres, kernel widened when shrinking, rows that sum to 1."""
     scale = source / target
     widening = max(scale, 1.0)
     centre = (np.arange(target)[:, None] + 0.5) * scale
@@ -121,7 +122,7 @@ def centre_box(area: float) -> tuple[float, float, float, float]:
 def crop_and_resize(
     pixels_HWC: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]
 ) -> np.ndarray:
-    """float32 (height, width, C): bilinear samples of the box, corners aligned, all in float32 as TensorFlow does it."""
+    """float32 (height, width, C): bilinear samples of the box, corners aligned, in float32 as TensorFlow does it."""
     y1, x1, y2, x2 = box
     top, bottom, dy = _bilinear(y1, y2, pixels_HWC.shape[0], size[0])
     left, right, dx = _bilinear(x1, x2, pixels_HWC.shape[1], size[1])

@@ -1,0 +1,96 @@
+"""A checkpoint ready to act: model, tokenizer, preprocessing and statistics under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from policy_server.vla.action_tokens import ActionTokens
+from policy_server.vla.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from policy_server.vla.config import ImagePath, VLAConfig
+from policy_server.vla.decoding import Decoded, DecodeInput, PassShape, decode
+from policy_server.vla.lora import load_lora, merge_lora
+from policy_server.vla.preprocessing import Prepared, Preprocessor
+
+DETERMINISTIC_PROMPT_TOKENS = 64
+"""Prompts are padded to this many tokens when nothing else is asked for."""
+
+
+class Policy:
+    """`prepare` belongs to the thread of a request, `decode` to the engine's; neither changes the policy."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        unnorm_key: str | None = None,
+        shape: PassShape | None = None,
+        max_prompt_tokens: int | None = None,
+    ):
+        self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+        self.action_tokens = ActionTokens(self.config, unnorm_key)
+        self.shape = shape
+        self.preprocessor = Preprocessor(
+            self.config,
+            self.tokenizer,
+            unnorm_key=unnorm_key,
+            max_prompt_tokens=shape.prompt_length if shape else max_prompt_tokens,
+        )
+        self.fingerprint = fingerprint(self.model)
+        self.model.language_model.fuse()
+
+    @classmethod
+    def load(
+        cls,
+        source: Path | str,
+        *,
+        adapter: Path | str | None = None,
+        unnorm_key: str | None = None,
+        image_path: ImagePath | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        deterministic_batch: int | None = None,
+        max_prompt_tokens: int | None = None,
+    ) -> Policy:
+        """Of a folder or hub id, with an adapter merged in.
+
+        deterministic_batch pads every pass to that many requests and to max_prompt_tokens: an answer is then the same,
+        bit for bit, whoever its neighbours are.  Raises CheckpointError and UnknownStatistics.
+        """
+        checkpoint = load_checkpoint(source, dtype=dtype, device=device)
+        if adapter is not None:
+            load_lora(checkpoint.model, adapter)
+            merge_lora(checkpoint.model)
+        if image_path is not None:
+            checkpoint.model.config = replace(checkpoint.config, image_path=image_path)
+        shape = None
+        if deterministic_batch is not None:
+            longest = min(max_prompt_tokens or DETERMINISTIC_PROMPT_TOKENS, checkpoint.config.max_prompt_tokens)
+            shape = PassShape(batch=deterministic_batch, prompt_length=longest)
+        return cls(checkpoint, unnorm_key=unnorm_key, shape=shape, max_prompt_tokens=max_prompt_tokens)
+
+    @property
+    def config(self) -> VLAConfig:
+        return self.model.config
+
+    @property
+    def unnorm_key(self) -> str:
+        return self.action_tokens.key
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.preprocessor.max_prompt_tokens
+
+    def prepare(self, image_HW3: np.ndarray, instruction: str, state_S: np.ndarray | None = None) -> Prepared:
+        """Raises BadInput."""
+        return self.preprocessor.prepare(image_HW3, instruction, state_S)
+
+    def decode(self, inputs: Sequence[DecodeInput]) -> Decoded:
+        return decode(self.model, inputs, self.shape)
+
+    def actions(self, token_ids_BN: np.ndarray) -> np.ndarray:
+        """float32 (B, K, A), in the units of the statistics."""
+        return self.action_tokens.decode(token_ids_BN).astype(np.float32)
