@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sim.expert import Grasp, PickPlace, Place, Skill
-from sim.suites import Task
+from sim.suites import Suite, Task
 
 Recipe = tuple[Skill, ...]
 
@@ -40,3 +40,11 @@ def recipe_for(task: Task) -> Recipe:
     if task.name not in recipes:
         raise ValueError(f"no expert for {task.id} ({task.name}); its suite has experts for {sorted(recipes)}")
     return recipes[task.name]
+
+
+def experts_of(suite: Suite) -> tuple[Task, ...]:
+    """The suite's tasks that have a recipe; ValueError when none has."""
+    able = tuple(task for task in suite.tasks if task.name in RECIPES.get(suite.name, {}))
+    if not able:
+        raise ValueError(f"no experts for {suite.name}; there are experts for {sorted(RECIPES)}")
+    return able

@@ -30,6 +30,14 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+def fixed_state(task: Task, number: int) -> np.ndarray:
+    """One fixed initial state, (1 + nq + nv,); ValueError says how many there are."""
+    states = fixed_states(task)
+    if number >= len(states):
+        raise ValueError(f"fixed initial state of {task.id} must be 0 to {len(states) - 1}, got {number}")
+    return states[number]
+
+
 @lru_cache(maxsize=16)
 def fixed_states(task: Task) -> np.ndarray:
     """LIBERO's fixed initial states of a task, (50, 1 + nq + nv): time, positions, velocities."""

@@ -12,14 +12,14 @@ Shapes: J = 7 arm joints, V = degrees of freedom, Q = positions, G = 2 gripper a
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import llvmlite.binding
-import mujoco
 import numba
 import numpy as np
 from numba import types
+
+from sim.mujoco_library import library_path
 
 ARM_JOINTS = 7
 NULLSPACE_KP = 10.0
@@ -27,8 +27,7 @@ NULLSPACE_KD = 2.0 * math.sqrt(NULLSPACE_KP)
 GRIPPER_SPEED = 0.01
 TIME_SINCE_SAMPLE, SAMPLED = 0, 1
 
-_library = next(Path(mujoco.__file__).parent.glob("libmujoco*"))
-llvmlite.binding.load_library_permanently(str(_library))
+llvmlite.binding.load_library_permanently(str(library_path()))
 _signature = types.void(types.intp, types.intp)
 _mj_step1 = types.ExternalFunction("mj_step1", _signature)
 _mj_step2 = types.ExternalFunction("mj_step2", _signature)

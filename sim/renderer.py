@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import mujoco
 import numpy as np
 
+SMALLEST_BUFFER = 256
 MAX_GEOMS = 1000
 COLLISION_GROUP, VISUAL_GROUP = 0, 1
 
@@ -14,7 +17,11 @@ class SceneRenderer:
 
     def __init__(self, model: mujoco.MjModel) -> None:
         self._model = model
-        self._gl = mujoco.GLContext(model.vis.global_.offwidth, model.vis.global_.offheight)
+        # Neither changes a pixel: a shadow map that no light uses (67 MB), a buffer larger than the image asked for.
+        if not model.light_castshadow.any():
+            model.vis.quality.shadowsize = 0
+        model.vis.global_.offwidth = model.vis.global_.offheight = SMALLEST_BUFFER
+        self._gl = _gl_context_class()(SMALLEST_BUFFER, SMALLEST_BUFFER)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -37,6 +44,9 @@ class SceneRenderer:
         mujoco.mjv_updateScene(
             self._model, data, self._options, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
+        if height > self._context.offHeight or width > self._context.offWidth:
+            size = (max(width, self._context.offWidth), max(height, self._context.offHeight))
+            mujoco.mjr_resizeOffscreen(*size, self._context)
         viewport = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(viewport, self._scene, self._context)
         image = np.empty((height, width, 3), dtype=np.uint8)
@@ -52,3 +62,14 @@ class SceneRenderer:
             self._gl = None
 
     __del__ = close
+
+
+def _gl_context_class():
+    """The context class that MUJOCO_GL names, even where mujoco was imported before it was set."""
+    if os.environ.get("MUJOCO_GL") == "osmesa":
+        from mujoco.osmesa import GLContext
+    elif os.environ.get("MUJOCO_GL") == "egl":
+        from mujoco.egl import GLContext
+    else:
+        from mujoco import GLContext
+    return GLContext

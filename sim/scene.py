@@ -10,7 +10,8 @@ import mujoco
 import numpy as np
 
 from sim import assets, contacts
-from sim.initial_states import fixed_states
+from sim.initial_states import fixed_state
+from sim.mujoco_library import free_build_memory
 from sim.placement import Placement
 from sim.renderer import SceneRenderer
 from sim.stepping import FastStepper, Registers, Stepper, StockStepper
@@ -48,6 +49,7 @@ class Scene:
     def __init__(self, task: Task, *, fast: bool = True) -> None:
         self.task = task
         self.env = _build_env(task)
+        free_build_memory()
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
         self._stepper: Stepper = FastStepper(self.env) if fast else StockStepper(self.env)
@@ -66,7 +68,7 @@ class Scene:
         if kind == "":
             # The protocol seeds once and resets before each of its episodes: fixtures stand differently in each.
             self._placement.draw(PROTOCOL_SEED, resets=int(number) + 1)
-            state = fixed_states(self.task)[int(number)]
+            state = fixed_state(self.task, int(number))
             self.data.time = state[0]
             self.data.qpos[:], self.data.qvel[:] = np.split(state[1:], [self.model.nq])
             mujoco.mj_forward(self.model, self.data)
