@@ -32,11 +32,15 @@ class CadenceReport:
 
 
 class Cadence:
-    """Deadline n lies n periods after the construction."""
+    """Deadline n lies n periods after the construction.
+
+    A tick that overruns is followed at once by the tick of the latest deadline that has passed; the earlier ones are
+    missed.
+    """
 
     def __init__(self, rate_hz: float):
         self._period_s = 1 / rate_hz
-        self._began_s = time.monotonic()
+        self._began_s = self._now_s = time.monotonic()
         self._due = 0
         self._late_s: list[float] = []
         self._missed = 0
@@ -50,13 +54,14 @@ class Cadence:
         self._due += overrun
         deadline_s = self._began_s + self._due * self._period_s
         time.sleep(max(0.0, deadline_s - time.monotonic()))
-        self._late_s.append(time.monotonic() - deadline_s)
+        self._now_s = time.monotonic()
+        self._late_s.append(self._now_s - deadline_s)
 
     def report(self) -> CadenceReport:
         late_ms = 1000 * np.array(self._late_s or [0.0])
         return CadenceReport(
             ticks=len(self._late_s),
-            rate_hz=len(self._late_s) / max(time.monotonic() - self._began_s, 1e-9),
+            rate_hz=len(self._late_s) / max(self._now_s - self._began_s, 1e-9),
             late_p50_ms=float(np.percentile(late_ms, 50)),
             late_p99_ms=float(np.percentile(late_ms, 99)),
             late_max_ms=float(late_ms.max()),

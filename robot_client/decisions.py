@@ -6,7 +6,6 @@ ticks and the newest observation, so that the server records each tick once whic
 
 from __future__ import annotations
 
-import contextlib
 import time
 from concurrent.futures import Future, wait
 
@@ -33,6 +32,7 @@ class Decisions:
         self._deadline_s = deadline_s
         self._give_up_after_s = give_up_after_s
         self._backoff = BackOff()
+        self._observation: Observation | None = None
         self._pending: Future[Answer] | None = None
         self._expires_s = 0.0
         self._retry_at_s = 0.0
@@ -74,17 +74,10 @@ class Decisions:
 
     def ask(self, observation: Observation) -> None:
         """Sends the observation for the next decision."""
-        now_s = time.monotonic()
         if self._first_asked_s is None:
-            self._first_asked_s, self._carried = now_s, len(self._unreported)
-        self._expires_s = now_s + self._deadline_s
-        self._pending = self._client.ask(
-            self._episode_id,
-            self.answered,
-            observation,
-            self._unreported[: self._carried],
-            deadline_s=self._deadline_s,
-        )
+            self._first_asked_s, self._carried = time.monotonic(), len(self._unreported)
+        self._observation = observation
+        self._send()
 
     def poll(self) -> Answer | None:
         """The answer, once.  Raises the PolicyError after which asking again is useless."""
@@ -110,11 +103,28 @@ class Decisions:
         return answer
 
     def settle(self) -> None:
-        """Waits for the answer under way, so that the server and we agree on which ticks it has."""
-        while self._pending is not None:
+        """Waits, asking again as long as needed, until server and client agree on which ticks have been reported.
+
+        Raises the PolicyError after which asking again is useless.
+        """
+        while self.open:
+            if self._pending is None:
+                time.sleep(max(0.0, self._retry_at_s - time.monotonic()))
+                self._send()
+            assert self._pending is not None
             wait([self._pending], timeout=max(0.0, self._expires_s - time.monotonic()))
-            with contextlib.suppress(PolicyError):
-                self.poll()
+            self.poll()
+
+    def _send(self) -> None:
+        assert self._observation is not None
+        self._expires_s = time.monotonic() + self._deadline_s
+        self._pending = self._client.ask(
+            self._episode_id,
+            self.answered,
+            self._observation,
+            self._unreported[: self._carried],
+            deadline_s=self._deadline_s,
+        )
 
     def _failed(self, error: PolicyError, now_s: float) -> None:
         self.trouble = str(error)

@@ -54,8 +54,8 @@ def run_real_time(
         try:
             cadence = Cadence(arm.spec.tick_rate_hz)
             while not episode.over:
-                episode.tick()
                 cadence.wait()
+                episode.tick()
         finally:
             episode.stop("the driver was stopped")
             result = episode.end()

@@ -186,6 +186,7 @@ class Episode:
             if not self._lockstep:
                 self.arm.hold()
             if self.ending.outcome != "error":
+                self._decisions.settle()
                 final = self._for_the_policy(self.arm.observe())
         if self.episode_id:
             with self._ending_on_error():
@@ -262,8 +263,6 @@ class Episode:
     def _close(self, ending: Ending, final: Observation | None) -> None:
         """A success or a failure counts only when acknowledged; an error is reported once, if the server is there."""
         failed = ending.outcome == "error"
-        if not failed:
-            self._decisions.settle()
         with contextlib.suppress(*((PolicyError,) if failed else ())):
             self._client.end_episode(
                 self.episode_id,
