@@ -65,9 +65,15 @@ class Ticket:
     """One place in the queue.  `answer` resolves to Answered, or to the Refused that took the place away."""
 
     answer: Future[Answered] = field(default_factory=Future)
-    request: DecodeRequest | None = None
-    submitted_s: float = 0.0
+    request: DecodeRequest = field(init=False)
+    """Set by submit()."""
+    submitted_s: float = field(init=False)
+    """time.monotonic() at submit()."""
     state: Literal["preparing", "queued", "decoding", "left"] = "preparing"
+
+    @property
+    def refused(self) -> bool:
+        return self.answer.done() and self.answer.exception() is not None
 
 
 class Batcher:
@@ -127,7 +133,7 @@ class Batcher:
         """Up to max_batch queued tickets of one version, oldest first; blocks for the first; empty after stop()."""
         with self._changed:
             while not self._ready():
-                self._changed.wait(self._patience_s())
+                self._changed.wait(self._patience_s() if self._queue else None)
             batch = self._matching()
             for ticket in batch:
                 ticket.state = "decoding"
@@ -141,9 +147,7 @@ class Batcher:
             ticket.state = "left"
             queue_ms = 1e3 * (started_s - ticket.submitted_s)
             ticket.answer.set_result(
-                Answered(
-                    answer=answer, version=ticket.request.version, queue_ms=queue_ms, batch_size=len(batch)
-                )
+                Answered(answer=answer, version=ticket.request.version, queue_ms=queue_ms, batch_size=len(batch))
             )
 
     def fail(self, batch: list[Ticket], why: Refused) -> None:
@@ -169,10 +173,9 @@ class Batcher:
         # One robot alone therefore never waits, and eight in step share one pass.
         if not self._queue:
             return self._stopped
-        full = len(self._matching()) >= self._max_batch
-        return full or self._stopped or self._patience_s() <= 0 or len(self._queue) >= self._expected()
+        everyone = len(self._queue) >= self._expected()
+        return everyone or self._stopped or len(self._matching()) >= self._max_batch or self._patience_s() <= 0
 
-    def _patience_s(self) -> float | None:
-        if not self._queue:
-            return None
+    def _patience_s(self) -> float:
+        """How much longer the oldest request may wait."""
         return self._queue[0].submitted_s + self._max_wait_s - time.monotonic()

@@ -22,8 +22,9 @@ class ServeConfig:
     unnorm_key: str | None = None
     """Which of the checkpoint's statistics un-normalise the actions; needed when it holds several."""
 
-    image_path: Literal["checkpoint", "libero", "plain"] = "checkpoint"
-    """How images are prepared: as the checkpoint says, as LIBERO's fine-tuned models expect, or resized only."""
+    image_path: Literal["checkpoint", "libero", "plain", "processor"] = "checkpoint"
+    """How images are prepared: as the checkpoint says, as LIBERO's fine-tuned models expect, only resized, or as
+    OpenVLA's own processor does."""
 
     host: str = "127.0.0.1"
     """Address to listen on.  Calls are neither encrypted nor authenticated: keep to loopback or a trusted network."""

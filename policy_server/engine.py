@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest
 from policy_server.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 
-Decode = Callable[[Sequence[DecodeRequest]], list[DecodeAnswer]]
+Decode = Callable[[list[DecodeRequest]], list[DecodeAnswer]]
 """The seam: one batch of one version in, one answer for each out.  It may as well be another process."""
 
 

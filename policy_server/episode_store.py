@@ -45,9 +45,7 @@ class EpisodeStore:
     Raises CannotStart when the folder cannot be used.
     """
 
-    def __init__(
-        self, folder: Path, *, keep_bytes: float | None = None, reserve_bytes: int = DEFAULT_RESERVE_BYTES
-    ):
+    def __init__(self, folder: Path, *, keep_bytes: float | None = None, reserve_bytes: int = DEFAULT_RESERVE_BYTES):
         self._folder = folder
         self._open = folder / "open"
         self._keep_bytes = keep_bytes

@@ -7,12 +7,12 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import OutOfOrder, Overloaded, Superseded
+from policy_server.errors import EpisodeLost, OutOfOrder, Superseded
 from protos import episode_pb2, policy_pb2
 from protos.episode_file import EpisodeWriter
 
@@ -24,20 +24,19 @@ AT_WORK_S = 1.0
 """An episode that was silent for longer is not waited for when a batch is gathered."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Flight:
-    """A decision under way.  Several calls may wait for it: the first, and its retries."""
+    """A decision under way."""
 
     ticket: Ticket
     task: asyncio.Task[policy_pb2.ActReply]
-    waiting: int = 0
 
 
 class Episode:
     """One open episode.
 
     Decisions come in order: a request may repeat the last answered decision (it gets the stored answer), name one not
-    answered yet, or the next one.  Executed ticks are recorded the first time their decision number arrives.
+    answered yet, or the next one.  A decision's executed ticks are recorded with its answer.
     """
 
     def __init__(self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None):
@@ -47,11 +46,11 @@ class Episode:
         self.closing: asyncio.Task[int] | None = None
         self.touched_s = time.monotonic()
         self._newest = -1
-        self._ticked = -1
         self._answered: policy_pb2.ActReply | None = None
+        self._ticks: set[tuple[int, int]] = set()
 
     def arrive(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply | None:
-        """Notes a request and its ticks; gives the stored answer of a retry.  Raises OutOfOrder, Superseded, OSError."""
+        """The stored answer of a retry, else None.  Raises OutOfOrder, Superseded."""
         self.touched_s = time.monotonic()
         if self._answered is not None and request.decision == self._answered.decision:
             return self._answered
@@ -62,24 +61,25 @@ class Episode:
         if self.flights and request.decision < self._newest:
             raise Superseded(f"superseded by decision {self._newest}", field="decision")
         self._newest = max(self._newest, request.decision)
-        if request.decision > self._ticked and request.executed:
-            self._ticked = request.decision
-            self.record_ticks(list(request.executed))
         return None
 
     def answered(self, request: policy_pb2.ActRequest, reply: policy_pb2.ActReply) -> None:
-        """Records an answer and keeps it for a retry.  Raises OSError."""
+        """Records an answer, with what was executed before it, and keeps it for a retry.  Raises OSError."""
         self.touched_s = time.monotonic()
         self._answered = reply
+        self.executed(request.executed)
         if self.writer is not None:
             self.writer.decision(
                 episode_pb2.Decision(decision=request.decision, observation=request.observation, chunk=reply.chunk)
             )
 
-    def record_ticks(self, ticks: list[episode_pb2.Tick]) -> None:
-        """Raises OSError."""
+    def executed(self, ticks: Iterable[episode_pb2.Tick]) -> None:
+        """Records ticks.  Raises OSError."""
+        # A client whose answer was lost reports its ticks again, with the next decision or the end.
+        new = [tick for tick in ticks if (tick.decision, tick.index) not in self._ticks]
+        self._ticks.update((tick.decision, tick.index) for tick in new)
         if self.writer is not None:
-            self.writer.executed(ticks)
+            self.writer.executed(new)
 
 
 class Episodes:
@@ -88,7 +88,7 @@ class Episodes:
     def __init__(self, store: EpisodeStore | None):
         self._store = store
         self._open: dict[str, Episode] = {}
-        self._closed: OrderedDict[str, int] = OrderedDict()
+        self._closed: OrderedDict[str, int | EpisodeLost] = OrderedDict()
         self._replies: OrderedDict[str, policy_pb2.StartEpisodeReply] = OrderedDict()
 
     @property
@@ -100,9 +100,7 @@ class Episodes:
         since_s = time.monotonic() - AT_WORK_S
         return sum(episode.touched_s >= since_s for episode in list(self._open.values()))
 
-    def start(
-        self, request_id: str, make: Callable[[str], episode_pb2.EpisodeStart]
-    ) -> policy_pb2.StartEpisodeReply:
+    def start(self, request_id: str, make: Callable[[str], episode_pb2.EpisodeStart]) -> policy_pb2.StartEpisodeReply:
         """Opens an episode, once per request id.  Raises Overloaded when it could not be stored."""
         if request_id and request_id in self._replies:
             return self._replies[request_id]
@@ -129,9 +127,15 @@ class Episodes:
         return episode.closing if episode is not None else None
 
     def closed(self, episode_id: str) -> int | None:
-        """The sequence number of a closed episode, 0 when it is not stored; None for one that is not closed."""
-        if episode_id in self._closed:
-            return self._closed[episode_id]
+        """The sequence number of a closed episode, 0 when it is not stored; None for one that is not closed.
+
+        Raises EpisodeLost.
+        """
+        closed = self._closed.get(episode_id)
+        if isinstance(closed, EpisodeLost):
+            raise closed
+        if closed is not None:
+            return closed
         return self._store.find(episode_id) if self._store is not None else None
 
     def idle(self, limit_s: float) -> list[Episode]:
@@ -143,27 +147,26 @@ class Episodes:
     def open(self) -> list[Episode]:
         return [episode for episode in self._open.values() if episode.closing is None]
 
-    async def close(
-        self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: list[episode_pb2.Tick]
-    ) -> int:
-        """Ends an episode and gives its sequence number.  Raises Overloaded when the disk refuses."""
+    async def close(self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: Iterable[episode_pb2.Tick]) -> int:
+        """Ends an episode and gives its sequence number.  Raises EpisodeLost when the disk refuses."""
+        sequence = 0
         try:
-            episode.record_ticks(ticks)
-            sequence = 0
+            episode.executed(ticks)
             if self._store is not None and episode.writer is not None:
                 sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
         except OSError as error:
-            raise self.abandon(episode, error) from error
+            raise self.lose(episode, error) from error
         self._forget(episode, sequence)
         return sequence
 
-    def abandon(self, episode: Episode, error: OSError) -> Overloaded:
+    def lose(self, episode: Episode, error: OSError) -> EpisodeLost:
         """Closes an episode whose file takes no more records: it will never be whole."""
         log.error("episode %s is lost: its file takes no more records: %s", episode.start.episode_id, error.strerror)
-        self._forget(episode, 0)
-        return Overloaded(f"the episode cannot be stored and is closed: {error.strerror}")
+        lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
+        self._forget(episode, lost)
+        return lost
 
-    def _forget(self, episode: Episode, sequence: int) -> None:
+    def _forget(self, episode: Episode, sequence: int | EpisodeLost) -> None:
         self._open.pop(episode.start.episode_id, None)
         _remember(self._closed, episode.start.episode_id, sequence)
 

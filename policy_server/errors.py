@@ -5,6 +5,7 @@ PolicyServerError
 └── Refused             one request, refused: what was got and what is expected
     ├── BadRequest      INVALID_ARGUMENT     the request itself is wrong; repeating it does not help
     ├── OutOfOrder      FAILED_PRECONDITION  the episode is unknown, closed, or elsewhere in its sequence
+    ├── EpisodeLost     FAILED_PRECONDITION  the disk failed while the episode was open
     ├── UnknownVersion  NOT_FOUND            no such weights
     ├── Overloaded      RESOURCE_EXHAUSTED   the queue or the disk is full; try again later
     ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
@@ -55,6 +56,10 @@ class BadRequest(Refused):
 
 
 class OutOfOrder(Refused):
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class EpisodeLost(Refused):
     status = grpc.StatusCode.FAILED_PRECONDITION
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -85,14 +84,12 @@ class PolicyServer:
         self._idle_s = episode_idle_s
         episodes = Episodes(store)
         versions = Versions(model)
-        self._batcher = Batcher(
-            max_batch=max_batch, max_wait_ms=max_wait_ms, capacity=queue, expected=episodes.at_work
-        )
+        self._batcher = Batcher(max_batch=max_batch, max_wait_ms=max_wait_ms, capacity=queue, expected=episodes.at_work)
         self._engine = Engine(self._batcher, lambda requests: versions.model(requests[0].version).decode(requests))
         self._service = PolicyService(
             spec=model.spec, versions=versions, prepare=model.prepare, batcher=self._batcher, episodes=episodes
         )
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] (set at run time)
         self._server: grpc.aio.Server
         self._expiry: asyncio.Task
 

@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
-
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.episodes import Episode, Episodes, Flight
 from policy_server.errors import Abandoned, BadRequest, EngineFailed, Refused, Superseded, Unavailable
@@ -106,9 +104,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         return spec
 
     @refusing
-    async def StartEpisode(
-        self, request: policy_pb2.StartEpisodeRequest, context: Any
-    ) -> policy_pb2.StartEpisodeReply:
+    async def StartEpisode(self, request: policy_pb2.StartEpisodeRequest, context: Any) -> policy_pb2.StartEpisodeReply:
         self._check_open()
         if not (math.isfinite(request.temperature) and request.temperature >= 0):
             raise BadRequest(f"must be finite and not negative, got {request.temperature}", field="temperature")
@@ -126,9 +122,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
         return await self._answer(request)
 
-    async def ActStream(
-        self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any
-    ) -> None:
+    async def ActStream(self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any) -> None:
         under_way: set[asyncio.Task] = set()
         writing = asyncio.Lock()
 
@@ -159,9 +153,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
                 task.cancel()
 
     @refusing
-    async def EndEpisode(
-        self, request: policy_pb2.EndEpisodeRequest, context: Any
-    ) -> policy_pb2.EndEpisodeReply:
+    async def EndEpisode(self, request: policy_pb2.EndEpisodeRequest, context: Any) -> policy_pb2.EndEpisodeReply:
         closing = self._episodes.closing(request.episode_id)
         if closing is None:
             sequence = self._episodes.closed(request.episode_id)
@@ -184,34 +176,28 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         self._check_open()
         episode = self._episodes.find(request.episode_id)
         check_ticks(request.executed, len(self._spec.action))
-        try:
-            stored = episode.arrive(request)
-        except OSError as error:
-            raise self._episodes.abandon(episode, error) from error
+        stored = episode.arrive(request)
         if stored is not None:
             return stored
-        flight = episode.flights.get(request.decision) or self._launch(episode, request)
-        flight.waiting += 1
+        flight = self._launch(episode, request)
         try:
             return await asyncio.shield(flight.task)
         finally:
-            flight.waiting -= 1
-            if flight.waiting == 0:
-                self._batcher.withdraw(flight.ticket, Abandoned("nobody waits for this answer"))
+            self._batcher.withdraw(flight.ticket, Abandoned("nobody waits for this answer"))
 
     def _launch(self, episode: Episode, request: policy_pb2.ActRequest) -> Flight:
-        superseded = Superseded(f"superseded by decision {request.decision}", field="decision")
-        for older in episode.flights.values():
-            self._batcher.withdraw(older.ticket, superseded)
+        """Newest wins: what the model has not seen yet of this episode is refused; what it has is shared by a retry."""
+        for decision, flight in episode.flights.items():
+            superseded = self._batcher.withdraw(flight.ticket, Superseded("superseded by a newer observation"))
+            if not superseded and decision == request.decision and not flight.ticket.refused:
+                return flight
         ticket = self._batcher.admit()
         flight = Flight(ticket=ticket, task=asyncio.create_task(self._decide(episode, request, ticket)))
         episode.flights[request.decision] = flight
         flight.task.add_done_callback(lambda _: _land(episode, request.decision, flight))
         return flight
 
-    async def _decide(
-        self, episode: Episode, request: policy_pb2.ActRequest, ticket: Ticket
-    ) -> policy_pb2.ActReply:
+    async def _decide(self, episode: Episode, request: policy_pb2.ActRequest, ticket: Ticket) -> policy_pb2.ActReply:
         started_s = time.monotonic()
         start = episode.start
         try:
@@ -235,7 +221,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         try:
             episode.answered(request, reply)
         except OSError as error:
-            raise self._episodes.abandon(episode, error) from error
+            raise self._episodes.lose(episode, error) from error
         return reply
 
     def _prepared(self, request: policy_pb2.ActRequest) -> Any:
@@ -266,10 +252,8 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         return episode.closing
 
     async def _close(self, episode: Episode, *, error: str) -> None:
-        end = episode_pb2.EpisodeEnd(
-            outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns()
-        )
-        with contextlib.suppress(Refused):  # a full disk: abandon() has said so
+        end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns())
+        with contextlib.suppress(Refused):  # a full disk: lose() has said so
             await self._begin_close(episode, end, [])
 
     def _start_record(
@@ -298,7 +282,8 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 def _land(episode: Episode, decision: int, flight: Flight) -> None:
     if episode.flights.get(decision) is flight:
         del episode.flights[decision]
-    flight.task.exception()  # seen: whoever still waits for it is told
+    if not flight.task.cancelled():
+        flight.task.exception()  # seen: whoever still waits for it is told
 
 
 def _chunk(answered: Answered, temperature: float, prepare_ms: float) -> episode_pb2.Chunk:

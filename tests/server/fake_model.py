@@ -52,9 +52,7 @@ class FakeModel:
     def prepare(self, observed: Observed) -> tuple[float, str]:
         words = observed.instruction.split()
         if len(words) > MAX_WORDS:
-            raise BadRequest(
-                f"must be at most {MAX_WORDS} tokens, got {len(words)}", field="observation.instruction"
-            )
+            raise BadRequest(f"must be at most {MAX_WORDS} tokens, got {len(words)}", field="observation.instruction")
         return float(observed.images["agentview"].mean()), observed.instruction
 
     def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:

@@ -25,9 +25,7 @@ def act(episode_id: str, decision: int, *, ticks=(), **observed) -> policy_pb2.A
 
 
 def tick(decision: int, index: int) -> episode_pb2.Tick:
-    return episode_pb2.Tick(
-        decision=decision, index=index, action=[0.5] * ACTIONS, source=episode_pb2.SOURCE_POLICY
-    )
+    return episode_pb2.Tick(decision=decision, index=index, action=[0.5] * ACTIONS, source=episode_pb2.SOURCE_POLICY)
 
 
 def start(**fields) -> policy_pb2.StartEpisodeRequest:

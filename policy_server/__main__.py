@@ -1,0 +1,122 @@
+"""python -m policy_server serve | compare"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from policy_server.config import ServeConfig
+from policy_server.episode_store import EpisodeStore
+from policy_server.errors import CannotStart
+from policy_server.server import Model, PolicyServer
+from policy_server.versions import FIRST_VERSION
+
+log = logging.getLogger("policy_server")
+
+EMBEDDED = {"nano": Path(__file__).parent / "checkpoints" / "nano"}
+WRONG_USAGE = 2
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or SIGINT; prints one line "SERVING host:port model version N" when it does."""
+    log.info("%s", config)
+    model = load(config)
+    asyncio.run(_serve(config, model))
+
+
+def load(config: ServeConfig) -> Model:
+    """The model that the config names, as the server wants it.  Raises CannotStart."""
+    import torch
+
+    from policy_server.vla.action_tokens import UnknownStatistics
+    from policy_server.vla.checkpoint import CheckpointError
+    from policy_server.vla.policy import Policy
+    from policy_server.vla_model import VlaModel
+
+    torch.set_num_threads(config.threads)
+    cuda = torch.cuda.is_available()
+    device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    if device.startswith("cuda") and not cuda:
+        raise CannotStart(f"device {device!r} was asked for, but this machine or its torch has no CUDA")
+    dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    try:
+        policy = Policy.load(
+            EMBEDDED.get(config.model, config.model),
+            adapter=config.adapter,
+            unnorm_key=config.unnorm_key,
+            image_path=None if config.image_path == "checkpoint" else config.image_path,
+            device=device,
+            dtype=dtype,
+            deterministic_batch=config.max_batch if config.deterministic else None,
+        )
+    except (CheckpointError, UnknownStatistics) as error:
+        raise CannotStart(f"cannot serve the model {config.model!r}: {error}") from error
+    name = config.model if config.model in EMBEDDED else Path(config.model).name
+    return VlaModel(policy, name=name, max_batch=config.max_batch)
+
+
+async def _serve(config: ServeConfig, model: Model) -> None:
+    store = None
+    if config.episodes is not None:
+        keep_bytes = None if config.keep_gb is None else config.keep_gb * 1e9
+        store = EpisodeStore(config.episodes, keep_bytes=keep_bytes)
+    server = PolicyServer(
+        model,
+        host=config.host,
+        port=config.port,
+        max_batch=config.max_batch,
+        max_wait_ms=config.max_wait_ms,
+        queue=config.queue,
+        store=store,
+        episode_idle_s=config.episode_idle_s,
+    )
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    port = await server.start()
+    await server.warm_up()
+    print(f"SERVING {config.host}:{port} {model.spec.model} version {FIRST_VERSION}", flush=True)
+    await stopped.wait()
+    log.info("stopping: decisions under way are answered first")
+    await server.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Print this model's outputs beside the recorded ones of a reference."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Laid out like openvla_golden: checkpoints and what the reference made of them."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """0 after a clean stop, 2 when nothing can run as configured."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    config = tyro.cli(
+        Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+        | Annotated[CompareConfig, tyro.conf.subcommand("compare")],
+        args=args,
+        prog="policy_server",
+    )
+    try:
+        if isinstance(config, CompareConfig):
+            from policy_server.compare import compare
+
+            return compare(config.folder)
+        serve(config)
+    except CannotStart as error:
+        print(f"policy_server: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
