@@ -1,0 +1,89 @@
+"""Augmentation of a batch: colour jitter, a small shift of the frame, noise on the state.
+
+What is drawn depends on the seed and the optimiser's step alone, for the whole batch at once: any rank can apply its
+own part of the same draw, and a resumed run sees what an uninterrupted one would have seen.  Shapes: B, H, W, S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# ITU-R BT.601 luma, the grey that contrast and saturation move towards.
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How far a sample may be moved; 0 everywhere turns it off."""
+
+    brightness: float = 0.2
+    """factor drawn from [1 - b, 1 + b]"""
+    contrast: float = 0.2
+    saturation: float = 0.2
+    shift_px: int = 2
+    """the frame is shifted by up to this many pixels each way, its edge repeated"""
+    state_noise: float = 0.05
+    """standard deviation of the noise on the state, in standard deviations of the training data"""
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.shift_px < 0 or self.state_noise < 0:
+            raise ValueError(f"shift_px and state_noise must be >= 0, got {self.shift_px} and {self.state_noise}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One step's random numbers, a row per sample."""
+
+    colour_B3: torch.Tensor
+    """factors of brightness, contrast and saturation"""
+    shift_B2: torch.Tensor
+    """int64 pixels, down and right"""
+    state_BS: torch.Tensor
+    """standard normal"""
+
+    def part(self, rows: slice) -> Draw:
+        return Draw(colour_B3=self.colour_B3[rows], shift_B2=self.shift_B2[rows], state_BS=self.state_BS[rows])
+
+
+def draw(augmentation: Augmentation, batch: int, state_dim: int, *, seed: int, step: int) -> Draw:
+    """The draw of one step for a batch of samples."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    reach_3 = torch.tensor([augmentation.brightness, augmentation.contrast, augmentation.saturation])
+    shift = augmentation.shift_px
+    return Draw(
+        colour_B3=1 + reach_3 * (2 * torch.rand(batch, 3, generator=generator) - 1),
+        shift_B2=torch.randint(-shift, shift + 1, (batch, 2), generator=generator),
+        state_BS=torch.randn(batch, state_dim, generator=generator),
+    )
+
+
+def augment_images(images_BHW3: torch.Tensor, drawn: Draw) -> torch.Tensor:
+    """uint8 (B, H, W, 3) shifted, then brightness, contrast and saturation in this order; uint8."""
+    x = _shift(images_BHW3, drawn.shift_B2).float()
+    brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in drawn.colour_B3.unbind(1))
+    x = x * brightness
+    mean = _grey(x).mean((1, 2, 3), keepdim=True)
+    x = mean + contrast * (x - mean)
+    grey = _grey(x)
+    x = grey + saturation * (x - grey)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def augment_state(state_BS: torch.Tensor, std_S: torch.Tensor, amount: float, drawn: Draw) -> torch.Tensor:
+    return state_BS + amount * std_S * drawn.state_BS
+
+
+def _shift(images_BHW3: torch.Tensor, shift_B2: torch.Tensor) -> torch.Tensor:
+    batch, height, width = images_BHW3.shape[:3]
+    rows_BH = (torch.arange(height) - shift_B2[:, :1]).clamp(0, height - 1)
+    columns_BW = (torch.arange(width) - shift_B2[:, 1:]).clamp(0, width - 1)
+    return images_BHW3[torch.arange(batch)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+
+
+def _grey(x_BHW3: torch.Tensor) -> torch.Tensor:
+    return (x_BHW3 * x_BHW3.new_tensor(LUMA)).sum(-1, keepdim=True)

@@ -1,0 +1,40 @@
+"""Where a run stands, in one safetensors file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """All that is not in the optimiser's tensors."""
+
+    step: int = 0
+    """optimiser steps taken"""
+    seconds: float = 0.0
+    """wall time used"""
+    best_loss: float = float("inf")
+    """lowest validation loss so far"""
+    data: str = ""
+    """Samples.fingerprint"""
+
+    def save(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        partial = path.with_suffix(".partial")
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial, {"run": json.dumps(asdict(self))})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[RunState, dict[str, torch.Tensor]]:
+        """The state and the optimiser's tensors.  Raises FileNotFoundError when there is none."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no run to resume")
+        with safe_open(path, "pt") as file:
+            return cls(**json.loads(file.metadata()["run"])), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
