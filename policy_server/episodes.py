@@ -47,7 +47,7 @@ class Episode:
         self.touched_s = time.monotonic()
         self._newest = -1
         self._answered: policy_pb2.ActReply | None = None
-        self._ticks: set[tuple[int, int]] = set()
+        self._ticks: set[tuple[int, int, int]] = set()
 
     def arrive(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply | None:
         """The stored answer of a retry, else None.  Raises OutOfOrder, Superseded."""
@@ -76,8 +76,8 @@ class Episode:
     def executed(self, ticks: Iterable[episode_pb2.Tick]) -> None:
         """Records ticks.  Raises OSError."""
         # A client whose answer was lost reports its ticks again, with the next decision or the end.
-        new = [tick for tick in ticks if (tick.decision, tick.index) not in self._ticks]
-        self._ticks.update((tick.decision, tick.index) for tick in new)
+        new = [tick for tick in ticks if (tick.decision, tick.index, tick.source) not in self._ticks]
+        self._ticks.update((tick.decision, tick.index, tick.source) for tick in new)
         if self.writer is not None:
             self.writer.executed(new)
 
