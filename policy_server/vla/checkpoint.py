@@ -92,7 +92,8 @@ def load_config(folder: Path) -> VLAConfig:
     statistics = _read_json(folder / PREPROCESSOR).get("tvf_normalize_params") or []
     if len(statistics) != len(config.towers):
         raise CheckpointError(
-            f"{folder}: {PREPROCESSOR}: tvf_normalize_params must have {len(config.towers)} entries, got {len(statistics)}"
+            f"{folder}: {PREPROCESSOR}: tvf_normalize_params must have {len(config.towers)} entries,"
+            f" got {len(statistics)}"
         )
     towers = [
         replace(tower, pixel_mean=tuple(one["mean"]), pixel_std=tuple(one["std"]))

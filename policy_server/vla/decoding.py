@@ -136,7 +136,7 @@ class _Clock:
 
 
 class _Sampler:
-    """Chooses columns of the action logits: the largest, or where the cumulative distribution passes a uniform number."""
+    """Chooses columns of the action logits: the largest, or where the cumulative probability passes a uniform number."""
 
     def __init__(self, batch: Sequence[DecodeInput], *, tokens: int, device: torch.device):
         temperature = torch.tensor([one.temperature for one in batch], dtype=torch.float32)
