@@ -31,7 +31,23 @@ LIBERO_OBJECT: dict[str, Recipe] = {
     **_into_basket("orange_juice"),
 }
 
-RECIPES: dict[str, dict[str, Recipe]] = {"libero_object": LIBERO_OBJECT}
+ROBOSUITE: dict[str, Recipe] = {
+    "Lift": (PickPlace(body="cube_main"),),
+    "Stack": (
+        PickPlace(
+            body="cubeA_main",
+            place=Place(target="cubeB_main", carry_m=0.04, release_m=0.005, radius_m=0.012, near_m=0.006),
+        ),
+    ),
+    "PickPlaceCan": (
+        PickPlace(
+            body="Can_main",
+            place=Place(target="VisualCan_default_site", carry_m=0.08, release_m=-0.03, radius_m=0.05, near_m=0.02),
+        ),
+    ),
+}
+
+RECIPES: dict[str, dict[str, Recipe]] = {"libero_object": LIBERO_OBJECT, "robosuite": ROBOSUITE}
 
 
 def recipe_for(task: Task) -> Recipe:
