@@ -1,16 +1,20 @@
-"""Initial states of LIBERO tasks: the fixed ones of the package, read without torch."""
+"""Initial states of LIBERO tasks: the package's fixed ones, read without torch, and our list of fresh draws."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from sim import assets
 from sim.suites import Task
+
+FRESH_LIST = Path(__file__).with_name("fresh_states.json")
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -47,3 +51,17 @@ def fixed_states(task: Task) -> np.ndarray:
         states = _ArrayUnpickler(io.BytesIO(archive.read(member))).load()
     states.setflags(write=False)
     return states
+
+
+@cache
+def fresh_list() -> dict[str, dict]:
+    """Task id -> {"seeds": the seed of each fresh state, "checksum": of the first draws}; see sim.fresh_states."""
+    return json.loads(FRESH_LIST.read_text(encoding="utf-8"))
+
+
+def fresh_seed(task: Task, number: int) -> int:
+    """The seed that LIBERO's own sampler draws a fresh state from; ValueError says how many there are."""
+    seeds = fresh_list().get(task.id, {"seeds": []})["seeds"]
+    if number >= len(seeds):
+        raise ValueError(f"fresh initial state of {task.id} must be one of {len(seeds)} listed, got {number}")
+    return seeds[number]

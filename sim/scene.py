@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 
 from sim import assets, contacts
-from sim.initial_states import fixed_state
+from sim.initial_states import fixed_state, fresh_seed
 from sim.mujoco_library import free_build_memory
 from sim.placement import Placement
 from sim.renderer import SceneRenderer
@@ -62,23 +62,31 @@ class Scene:
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""
-        kind, _, number = state_id.rpartition(":")
-        if not number.isdigit() or kind not in ("", "fresh", "seed"):
-            raise ValueError(f'initial state must be like "17", "fresh:3" or "seed:1017", got {state_id!r}')
-        if kind == "":
-            # The protocol seeds once and resets before each of its episodes: fixtures stand differently in each.
-            self._placement.draw(PROTOCOL_SEED, resets=int(number) + 1)
-            state = fixed_state(self.task, int(number))
-            self.data.time = state[0]
-            self.data.qpos[:], self.data.qvel[:] = np.split(state[1:], [self.model.nq])
-            mujoco.mj_forward(self.model, self.data)
-        else:
-            self._placement.draw(int(number))
+        self.place(state_id)
         self._show_changes()
         # LIBERO's observables are sampled by force in reset() and again in set_init_state().
         self._stepper.reset(forced_samples=2 if self.task.simulator == "libero" else 1)
         for _ in range(SETTLE_TICKS):
             self.step(SETTLE_ACTION)
+
+    def place(self, state_id: str) -> None:
+        """Only the first half of `reset`: fixtures and objects stand where the state has them, nothing has moved."""
+        kind, _, number = state_id.rpartition(":")
+        kinds = ("seed",) if self.task.simulator == "robosuite" else ("", "fresh", "seed")
+        if not number.isdigit() or kind not in kinds:
+            examples = [f"{kind}:17".lstrip(":") for kind in kinds]
+            raise ValueError(f"initial state of {self.task.id} must be like one of {examples}, got {state_id!r}")
+        if kind == "fresh":
+            self._placement.draw(fresh_seed(self.task, int(number)))
+        elif kind == "seed":
+            self._placement.draw(int(number))
+        else:
+            state = fixed_state(self.task, int(number))
+            # The protocol seeds once and resets before each of its episodes: fixtures stand differently in each.
+            self._placement.draw(PROTOCOL_SEED, resets=int(number) + 1)
+            self.data.time = state[0]
+            self.data.qpos[:], self.data.qvel[:] = np.split(state[1:], [self.model.nq])
+            mujoco.mj_forward(self.model, self.data)
 
     def step(self, action: Sequence[float] | np.ndarray) -> bool:
         """Apply one environment action (7,) for one 20 Hz tick; True when the task's success predicate holds.
