@@ -42,7 +42,15 @@ ROBOSUITE: dict[str, Recipe] = {
     "PickPlaceCan": (
         PickPlace(
             body="Can_main",
-            place=Place(target="VisualCan_default_site", carry_m=0.08, release_m=-0.03, radius_m=0.05, near_m=0.02),
+            # The middle of its compartment is at the end of the arm's reach.
+            place=Place(
+                target="VisualCan_default_site",
+                offset_m=(-0.05, -0.06),
+                carry_m=0.08,
+                release_m=-0.03,
+                radius_m=0.04,
+                near_m=0.02,
+            ),
         ),
     ),
 }
