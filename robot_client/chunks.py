@@ -46,7 +46,8 @@ class Chunks:
         self.ahead_ticks = ahead_ticks
         self._answer: Answer | None = None
         self._now = _Moment(ticks=0, applied=0)
-        self._latest = (0, self._now)
+        self._entered = self._now
+        self._latest, self._latest_since = 0, self._now
         self._looks: dict[int, _Moment] = {}
 
     @property
@@ -56,9 +57,11 @@ class Chunks:
 
     @property
     def since_decision(self) -> tuple[int, int]:
-        """The latest decision that was answered, and the number of ticks since its observation."""
-        decision, seen = self._latest
-        return decision, self._now.ticks - seen.ticks
+        """The latest decision that was answered, and the number of ticks since it was first asked for.
+
+        Before the first answer: 0, and the ticks since the episode began.  No two holds have the same pair.
+        """
+        return self._latest, self._now.ticks - self._latest_since.ticks
 
     def looked(self, capture_time_ns: int) -> None:
         """An observation has been sent that was captured now."""
@@ -71,7 +74,9 @@ class Chunks:
                 f"must echo one of the observations sent, {sorted(self._looks)}, got {answer.capture_time_ns}",
                 field="capture_time_ns",
             )
-        self._answer, self._latest = answer, (answer.decision, self._looks[answer.capture_time_ns])
+        self._answer, self._entered = answer, self._looks[answer.capture_time_ns]
+        if answer.decision > self._latest:
+            self._latest, self._latest_since = answer.decision, next(iter(self._looks.values()))
         self._looks.clear()
 
     def next(self) -> Planned | None:
@@ -96,7 +101,7 @@ class Chunks:
 
     @property
     def _index(self) -> int:
-        return self._now.applied - self._latest[1].applied
+        return self._now.applied - self._entered.applied
 
     @property
     def _remaining(self) -> int:
