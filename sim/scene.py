@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import mujoco
 import numpy as np
@@ -39,6 +40,14 @@ class State:
     """the controller's memory and the last sampled observation"""
 
 
+class Occupant(Protocol):
+    """Whoever's episode is in the scene now."""
+
+    def step_aside(self) -> None:
+        """Save the episode: another one is about to take the scene."""
+        ...
+
+
 class Scene:
     """A task's model, data, controller and lazy renderer.  Not thread-safe; one process may hold several.
 
@@ -48,6 +57,7 @@ class Scene:
 
     def __init__(self, task: Task, *, fast: bool = True) -> None:
         self.task = task
+        self.occupant: Occupant | None = None
         self.env = _build_env(task)
         free_build_memory()
         self.model: mujoco.MjModel = self.env.sim.model._model
@@ -59,6 +69,8 @@ class Scene:
         self._hand = self.model.body(self._robot.robot_model.eef_name).id
         self._view = mujoco.MjData(self.model)  # observations are drawn here, leaving `data` untouched
         self._placement = Placement(self.env)
+        self.occupant: object | None = None
+        """whose episode stands in `data` now, when several share the scene"""
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""
