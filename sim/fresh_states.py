@@ -1,7 +1,7 @@
 """Makes the committed list of fresh initial states: `python -m sim.fresh_states SUITE ...`.
 
-Each is a draw of LIBERO's own sampler from a stated seed, in the order of the seeds from 10000.  A draw is left out when
-the task is solved already after settling, or when an object has by then moved by more than 5 cm (it fell or was pushed).
+Each is a draw of LIBERO's own sampler from a stated seed, in the order of the seeds from 10000.  A draw is left out
+when the task is solved already after settling, or when an object has by then moved by more than 5 cm (it fell).
 """
 
 from __future__ import annotations

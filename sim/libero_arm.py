@@ -1,157 +1,134 @@
-"""A LIBERO or robosuite task behind the Arm protocol of robot_client.
+"""A LIBERO or robosuite task behind the Arm protocol.
 
-Several arms may share one scene: each keeps its own episode and puts it back before it moves or looks, so that many
-episodes run over one model.  The simulator's clock stands still between calls.
+Several arms may share one scene: each is a virtual episode that swaps its state in when it is its turn (see
+Scene.save).  The arm speaks the policy's convention:
 
-Images reach the policy as OpenVLA's reference protocol sends them: the raw image, which robosuite delivers upside down,
-turned by 180 degrees.  That is the upright image mirrored left to right; the published policies were trained so.
+- images as OpenVLA's protocol shows them: robosuite's raw frame, which is upside down, rotated by 180 degrees.  That is
+  the scene's upright picture mirrored left to right.
+- gripper g in [0, 1], 1 = open; the environment gets -sign(2g - 1), -1 = open.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Annotated
 
 import numpy as np
-import tyro
 
-from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Outcome, Task
+from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task
 from robot_client.errors import ArmError
 from sim import assets
 from sim.scene import Scene, State
 from sim.suites import find_task
 
 TICK_RATE_HZ = 20.0
-DEFAULT_IMAGES = {"agentview": (256, 256)}
-
-
-def policy_image(upright: np.ndarray) -> np.ndarray:
-    """The scene's upright image (H, W, 3) as the policy expects it: mirrored left to right."""
-    return np.ascontiguousarray(upright[:, ::-1])
-
-
-def environment_action(action_A: np.ndarray) -> np.ndarray:
-    """The policy's action (7,) in robosuite's convention: deltas within [-1, 1], gripper g -> -sign(2 g - 1)."""
-    deltas = np.clip(np.asarray(action_A[:6], dtype=np.float64), -1.0, 1.0)
-    return np.append(deltas, -np.sign(2.0 * float(action_A[6]) - 1.0))
-
-
-def policy_action(command: np.ndarray) -> np.ndarray:
-    """The policy's words, float32 (7,), for an environment command: the inverse of `environment_action`."""
-    return np.append(command[:6], (1.0 - command[6]) / 2.0).astype(np.float32)
+OPEN = 1.0
 
 
 class LiberoArm:
-    """One episode at a time of a simulated task."""
+    """One episode on a scene; in lockstep, for the simulator's clock stands still between ticks.
 
-    def __init__(
-        self,
-        *,
-        scene: Annotated[Scene | None, tyro.conf.Suppress] = None,
-        image_sizes: Mapping[str, tuple[int, int]] | None = None,
-    ) -> None:
-        """Args:
-        scene: shared with other arms; None: the arm builds its own for the task that it is reset to.
-        image_sizes: camera -> height and width in pixels of what `observe` gives.
-        """
-        self._shared = scene
+    image_sizes: camera name -> (height, width) in pixels of what observe() renders.
+    """
+
+    def __init__(self, *, scene: Scene, image_sizes: Mapping[str, tuple[int, int]]):
+        unknown = sorted(set(image_sizes) - set(scene.task.cameras))
+        if unknown:
+            raise ArmError(f"cameras of {scene.task.id} are {list(scene.task.cameras)}, got {unknown}")
         self._scene = scene
-        self._image_sizes = dict(image_sizes or DEFAULT_IMAGES)
-        self._away: State | None = None  # this arm's episode while another arm has the scene
-        self._task = Task(name="", instruction="")
-        self._tick = 0
-        self._outcome: Outcome | None = None
-        self._gripper = -1.0
+        self._image_sizes = dict(image_sizes)
+        self._saved: State | None = None
+        self._instruction = ""
+        self._ticks = 0
+        self._success = False
+        self._gripper = OPEN
 
     @property
     def spec(self) -> ArmSpec:
-        """What this arm is; no workspace box, since the tasks' tables stand at different heights."""
+        libero = self._scene.task.simulator == "libero"
         return ArmSpec(
-            name="libero",
+            name=self._scene.task.simulator,
             action_names=ACTION_NAMES,
             image_names=tuple(self._image_sizes),
             state_names=STATE_NAMES,
             tick_rate_hz=TICK_RATE_HZ,
             lockstep=True,
             limits=Limits(low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7),
-            asset_tree=assets.asset_tree(),
+            asset_tree=assets.asset_tree() if libero else "robosuite's own",
         )
 
     def reset(self, task: Task) -> None:
-        """Start the task from its initial state; ArmError says what is wrong with either."""
+        """Starts an episode from task.initial_state; when that is empty, from the first of the train split."""
+        if "/" in task.name and task.name != self._scene.task.id:
+            raise ArmError(f"this arm's scene is {self._scene.task.id}, got task {task.name!r}")
+        self._enter()
+        first = "seed:0" if self._scene.task.simulator == "robosuite" else "0"
         try:
-            scene = self._scene_for(task.name)
-            if scene.occupant is not None and scene.occupant is not self:
-                scene.occupant.step_aside()
-            scene.occupant = self
-            scene.reset(task.initial_state)
-        except (ValueError, assets.SimulatorUnavailable) as error:
+            self._scene.reset(task.initial_state or first)
+        except ValueError as error:
             raise ArmError(str(error)) from error
-        self._task, self._tick, self._outcome, self._gripper, self._away = task, 0, None, -1.0, None
+        self._instruction = task.instruction
+        self._ticks, self._success, self._gripper = 0, False, OPEN
 
     def state(self) -> ArmState:
-        """See Arm.  The outcome is "success" from the tick at which the task's predicate held."""
-        return ArmState(tick=self._tick, state_S=self._enter().proprio(), outcome=self._outcome)
+        self._enter()
+        outcome = "success" if self._success else None
+        return ArmState(tick=self._ticks, state_S=self._scene.proprio(), outcome=outcome)
 
     def observe(self) -> Observation:
-        """See Arm."""
-        scene = self._enter()
+        self._enter()
+        images = {
+            name: np.ascontiguousarray(self._scene.render(name, height, width)[:, ::-1])
+            for name, (height, width) in self._image_sizes.items()
+        }
         return Observation(
-            images={
-                camera: policy_image(scene.render(camera, height, width))
-                for camera, (height, width) in self._image_sizes.items()
-            },
-            state_S=scene.proprio(),
-            instruction=self._task.instruction,
+            images=images,
+            state_S=self._scene.proprio(),
+            instruction=self._instruction,
             capture_time_ns=time.monotonic_ns(),
         )
 
     def apply(self, action_A: np.ndarray) -> np.ndarray:
-        """See Arm."""
-        command = environment_action(action_A)
-        self._move(command)
-        self._tick += 1
-        return policy_action(command)
+        self._enter()
+        delta, gripper = np.clip(action_A[:6], -1.0, 1.0), -np.sign(2.0 * action_A[6] - 1.0)
+        self._move(delta, gripper)
+        self._ticks += 1
+        self._gripper = (1.0 - gripper) / 2.0
+        return np.array([*delta, self._gripper], np.float32)
 
     def hold(self) -> np.ndarray:
-        """See Arm."""
-        command = np.append(np.zeros(6), self._gripper)
-        self._move(command)
-        return policy_action(command)
+        self._enter()
+        self._move(np.zeros(6), -np.sign(2.0 * self._gripper - 1.0))
+        return np.array([0.0] * 6 + [self._gripper], np.float32)
 
     def close(self) -> None:
-        """Free the scene if the arm built it."""
-        if self._scene is not None and self._shared is None:
-            self._scene.close()
-            self._scene = None
+        """The scene stays with whoever built it."""
+
+    def _move(self, delta: np.ndarray, gripper: float) -> None:
+        self._success = self._scene.step([*delta, gripper]) or self._success
 
     def step_aside(self) -> None:
-        """Keep this arm's episode while another arm uses the scene."""
-        assert self._scene is not None
-        self._away = self._scene.save()
+        """Saves this arm's episode: another arm is about to take the scene."""
+        self._saved = self._scene.save()
 
-    def _move(self, command: np.ndarray) -> None:
-        self._gripper = command[6]
-        if self._enter().step(command):
-            self._outcome = "success"
+    def _enter(self) -> None:
+        """Makes this arm's episode the one that stands in the scene."""
+        occupant = self._scene.occupant
+        if occupant is self:
+            return
+        if occupant is not None:
+            occupant.step_aside()
+        if self._saved is not None:
+            self._scene.restore(self._saved)
+            self._saved = None
+        self._scene.occupant = self
 
-    def _enter(self) -> Scene:
-        """The scene, with this arm's episode in it."""
-        if self._scene is None or (self._away is None and self._scene.occupant is not self):
-            raise ArmError("reset must come first: this arm has no episode")
-        if self._scene.occupant is not self:
-            assert self._away is not None and self._scene.occupant is not None
-            self._scene.occupant.step_aside()
-            self._scene.occupant = self
-            self._scene.restore(self._away)
-            self._away = None
-        return self._scene
 
-    def _scene_for(self, task_id: str) -> Scene:
-        if self._shared is not None and self._shared.task.id != task_id:
-            raise ArmError(f"this arm's scene is {self._shared.task.id}, it cannot be reset to {task_id!r}")
-        if self._scene is None or self._scene.task.id != task_id:
-            self.close()
-            self._scene = Scene(find_task(task_id))
-        return self._scene
+def build_arm(*, task_id: str = "libero_object/0", camera: str = "agentview", size_px: int = 128) -> LiberoArm:
+    """An arm with a scene of its own.
+
+    task_id: suite and index, e.g. libero_object/0 or robosuite/0.
+    camera: the camera to render.
+    size_px: side of its images.
+    """
+    return LiberoArm(scene=Scene(find_task(task_id)), image_sizes={camera: (size_px, size_px)})

@@ -192,6 +192,4 @@ def _build_env(task: Task):
     controller = assets.load_robosuite().load_controller_config(default_controller="OSC_POSE")
     bddl_file = str(assets.libero_root() / "bddl_files" / task.suite / f"{task.name}.bddl")
     problem = envs.bddl_base_domain.BDDLUtils.get_problem_info(bddl_file)["problem_name"]
-    return envs.TASK_MAPPING[problem](
-        bddl_file, controller_configs=controller, initialization_noise=None, **settings
-    )
+    return envs.TASK_MAPPING[problem](bddl_file, controller_configs=controller, initialization_noise=None, **settings)
