@@ -93,10 +93,15 @@ class Batcher:
         self._stopped = False
         self._changed = threading.Condition()
 
+    @property
+    def waiting(self) -> int:
+        """Tickets that are being prepared or queued."""
+        return self._preparing + len(self._queue)
+
     def admit(self) -> Ticket:
         """A place for a request that is about to be prepared.  Raises Overloaded at once when there is none."""
         with self._changed:
-            waiting = self._preparing + len(self._queue)
+            waiting = self.waiting
             if waiting >= self._capacity:
                 passes = waiting / self._max_batch
                 raise Overloaded(

@@ -162,6 +162,8 @@ class Episodes:
     def lose(self, episode: Episode, error: OSError) -> EpisodeLost:
         """Closes an episode whose file takes no more records: it will never be whole."""
         log.error("episode %s is lost: its file takes no more records: %s", episode.start.episode_id, error.strerror)
+        if episode.writer is not None:
+            episode.writer.discard()
         lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
         self._forget(episode, lost)
         return lost

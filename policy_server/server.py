@@ -127,6 +127,11 @@ class PolicyServer:
         if self._store is not None:
             self._store.close()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are being prepared or queued."""
+        return self._batcher.waiting
+
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", POLICY):
             await self._health.set(service, status)

@@ -1,0 +1,165 @@
+"""What the server writes down of an episode, and when it says that it is safe."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from policy_server.episode_store import EpisodeStore
+from protos import episode_pb2
+from protos.codec import encode_image
+from protos.episode_file import Episode, EpisodeWriter, read_episode
+from tests.server import messages
+from tests.server.fake_model import SIDE_PX, FakeModel
+from tests.server.running import serving
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    with serving(FakeModel(), episodes=tmp_path) as running:
+        yield running
+
+
+def whole(folder: Path) -> list[Episode]:
+    return [read_episode(path) for path in sorted(folder.glob("*.episode"))]
+
+
+def test_a_stored_episode_can_be_read_without_the_server_that_made_it(server, tmp_path):
+    opened = server.policy.StartEpisode(
+        messages.start(task="libero_object/3", initial_state="17", temperature=0.5, arm="libero", asset_tree="stand-in")
+    )
+    jpeg = messages.observation()
+    pixels = np.random.default_rng(0).integers(0, 255, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    jpeg.images["agentview"].CopyFrom(encode_image(pixels, "jpeg"))
+    first = server.policy.Act(messages.act(opened.episode_id, 0))
+    second_request = messages.act(opened.episode_id, 1, ticks=[messages.tick(0, i) for i in range(3)])
+    second_request.observation.CopyFrom(jpeg)
+    second = server.policy.Act(second_request)
+    final = messages.observation(grey=99)
+    server.policy.EndEpisode(
+        messages.end(
+            opened.episode_id,
+            outcome=episode_pb2.OUTCOME_FAILURE,
+            terminal=False,
+            executed=[messages.tick(1, 0)],
+            final_observation=final,
+        )
+    )
+    (episode,) = whole(tmp_path)
+    start = episode.start
+    assert (start.task, start.initial_state, start.purpose) == ("libero_object/3", "17", episode_pb2.PURPOSE_TRAIN)
+    assert (start.temperature, start.seed, start.version) == (0.5, opened.seed, opened.version)
+    assert (start.base_fingerprint, start.image_path, start.unnorm_key) == ("f" * 64, "plain", "fake")
+    assert (start.asset_tree, start.arm, list(start.state_names)) == ("stand-in", "libero", ["px", "py", "pz"])
+    assert [d.chunk for d in episode.decisions] == [first.chunk, second.chunk]
+    assert episode.decisions[1].observation == jpeg  # as received: the bytes of the JPEG, not its pixels
+    assert [(tick.decision, tick.index) for tick in episode.ticks] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert (episode.end.outcome, episode.end.terminal) == (episode_pb2.OUTCOME_FAILURE, False)
+    assert episode.end.final_observation == final
+    assert start.started_unix_ns < episode.end.ended_unix_ns
+
+
+def test_an_acknowledged_episode_is_on_disk_and_a_second_end_is_a_no_op(server, tmp_path):
+    episode_id = server.policy.StartEpisode(messages.start()).episode_id
+    reply = server.policy.EndEpisode(messages.end(episode_id))
+    assert reply.sequence == 1 and len(whole(tmp_path)) == 1
+    again = server.policy.EndEpisode(messages.end(episode_id, outcome=episode_pb2.OUTCOME_FAILURE))
+    assert again == reply
+    assert [episode.end.outcome for episode in whole(tmp_path)] == [episode_pb2.OUTCOME_SUCCESS]
+
+
+def test_a_second_end_is_a_no_op_even_after_a_restart(tmp_path):
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        reply = server.policy.EndEpisode(messages.end(episode_id))
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        assert server.policy.EndEpisode(messages.end(episode_id)) == reply
+        following = server.policy.StartEpisode(messages.start()).episode_id
+        assert server.policy.EndEpisode(messages.end(following)).sequence == reply.sequence + 1
+
+
+def test_simultaneous_ends_close_an_episode_once(server, tmp_path):
+    episode_id = server.policy.StartEpisode(messages.start()).episode_id
+    calls = [server.policy.EndEpisode.future(messages.end(episode_id)) for _ in range(5)]
+    assert {call.result(5).sequence for call in calls} == {1}
+    assert len(whole(tmp_path)) == 1
+
+
+def test_retries_and_refusals_leave_no_trace(server, tmp_path):
+    episode_id = server.policy.StartEpisode(messages.start()).episode_id
+    ticks = [messages.tick(0, 0), messages.tick(0, 1)]
+    server.policy.Act(messages.act(episode_id, 0))
+    refused = messages.act(episode_id, 1, ticks=ticks)
+    refused.observation.instruction = ""
+    with pytest.raises(grpc.RpcError):
+        server.policy.Act(refused)
+    for _ in range(2):
+        server.policy.Act(messages.act(episode_id, 1, ticks=ticks))
+    server.policy.EndEpisode(messages.end(episode_id, executed=[*ticks, messages.tick(1, 0)]))
+    (episode,) = whole(tmp_path)
+    assert [decision.decision for decision in episode.decisions] == [0, 1]
+    assert [(tick.decision, tick.index) for tick in episode.ticks] == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_a_silent_episode_is_closed_as_an_error(tmp_path):
+    with serving(FakeModel(), episodes=tmp_path, episode_idle_s=0.2) as server:
+        silent, busy = (server.policy.StartEpisode(messages.start()).episode_id for _ in range(2))
+        for decision in range(12):
+            server.policy.Act(messages.act(busy, decision))
+            time.sleep(0.05)
+        (episode,) = whole(tmp_path)
+        assert episode.start.episode_id == silent
+        assert episode.end.outcome == episode_pb2.OUTCOME_ERROR
+        assert "nothing was heard of it for 0.2 s" in episode.end.message
+
+
+def test_a_server_that_stops_closes_its_open_episodes_as_errors(tmp_path):
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        server.policy.Act(messages.act(episode_id, 0))
+    (episode,) = whole(tmp_path)
+    assert len(episode.decisions) == 1
+    assert (episode.end.outcome, episode.end.message) == (episode_pb2.OUTCOME_ERROR, "the server stopped")
+
+
+def test_a_full_disk_refuses_new_episodes_before_any_work(tmp_path):
+    store = EpisodeStore(tmp_path, reserve_bytes=2**60)
+    with serving(FakeModel(), store=store) as server:
+        with pytest.raises(grpc.RpcError) as error:
+            server.policy.StartEpisode(messages.start())
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "the episode store is full" in error.value.details()
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+class FillingStore(EpisodeStore):
+    """The disk is full from the moment an episode is open."""
+
+    def open(self, start: episode_pb2.EpisodeStart) -> EpisodeWriter:
+        writer = super().open(start)
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, writer._file.fileno())
+        os.close(full)
+        return writer
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
+@pytest.mark.parametrize("call", ["Act", "EndEpisode"])
+def test_an_episode_that_the_disk_took_no_more_of_is_never_acknowledged(tmp_path, call):
+    with serving(FakeModel(), store=FillingStore(tmp_path)) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        request = {"Act": messages.act(episode_id, 0), "EndEpisode": messages.end(episode_id)}[call]
+        for attempt in (
+            lambda: getattr(server.policy, call)(request),
+            lambda: server.policy.EndEpisode(messages.end(episode_id)),
+        ):
+            with pytest.raises(grpc.RpcError) as error:
+                attempt()
+            assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            assert "is lost: No space left on device" in error.value.details()
+    assert whole(tmp_path) == []
