@@ -67,7 +67,9 @@ def decode_tensor(
     for extent in extents:
         count *= extent
     if len(message.data) != count * got.itemsize:
-        raise CodecError(field, f"data must be {count * got.itemsize} bytes for {got.name}{extents}, got {len(message.data)}")
+        raise CodecError(
+            field, f"data must be {count * got.itemsize} bytes for {got.name}{extents}, got {len(message.data)}"
+        )
     return np.frombuffer(message.data, dtype=got).reshape(extents)
 
 
@@ -98,7 +100,9 @@ def decode_image(message: tensor_pb2.Image, field: str = "image") -> np.ndarray:
         raise CodecError(field, f"height and width must be in [1, {MAX_SIDE_PX}], got {height}x{width}")
     if message.encoding == tensor_pb2.ENCODING_RAW_RGB8:
         if len(message.data) != height * width * 3:
-            raise CodecError(field, f"data must be {height * width * 3} bytes for {height}x{width} RGB, got {len(message.data)}")
+            raise CodecError(
+                field, f"data must be {height * width * 3} bytes for {height}x{width} RGB, got {len(message.data)}"
+            )
         return np.frombuffer(message.data, np.uint8).reshape(height, width, 3)
     if message.encoding not in (tensor_pb2.ENCODING_JPEG, tensor_pb2.ENCODING_PNG):
         raise CodecError(field, f"encoding must be RAW_RGB8, JPEG or PNG, got code {message.encoding}")

@@ -98,7 +98,9 @@ def read_episode(path: Path) -> Episode:
     records = list(_records(path, path.read_bytes()))
     kinds = [record.WhichOneof("record") for record in records]
     if len(kinds) < 2 or kinds[0] != "start" or kinds[-1] != "end" or {"start", "end"} & set(kinds[1:-1]):
-        raise DamagedEpisode(f"{path.name}: records must be start, decisions and executed ticks, end; got {kinds[:1]}...{kinds[-1:]}")
+        raise DamagedEpisode(
+            f"{path.name}: records must be start, decisions and executed ticks, end; got {kinds[:1]}...{kinds[-1:]}"
+        )
     return Episode(
         start=records[0].start,
         decisions=[record.decision for record in records if record.HasField("decision")],
@@ -118,12 +120,17 @@ def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:
         raise DamagedEpisode(f"{path.name}: checksum does not match its {len(data)} bytes: cut or altered")
     position, seen = len(MAGIC), 0
     while position < footer:
-        (length,) = struct.unpack_from("<I", data, position)
-        position += 4
+        begin = position + 4
+        end_of_record = begin + int.from_bytes(data[position:begin], "little")
+        if end_of_record > footer:
+            raise DamagedEpisode(f"{path.name}: record {seen} is cut: it runs past the footer")
         try:
-            yield episode_pb2.EpisodeRecord.FromString(data[position : position + length])
+            record = episode_pb2.EpisodeRecord.FromString(data[begin:end_of_record])
         except DecodeError as error:
             raise DamagedEpisode(f"{path.name}: record {seen} is not an EpisodeRecord: {error}") from error
-        position, seen = position + length, seen + 1
+        if record.WhichOneof("record") is None:
+            raise DamagedEpisode(f"{path.name}: record {seen} is empty, or of a kind that this version does not know")
+        yield record
+        position, seen = end_of_record, seen + 1
     if seen != count:
         raise DamagedEpisode(f"{path.name}: holds {seen} records, its footer says {count}")

@@ -57,7 +57,7 @@ def decode_png(data: bytes, *, size: tuple[int, int] | None = None) -> np.ndarra
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             _check_size("PNG", (image.height, image.width), size)
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ImageError(f"data is not a readable PNG: {error}") from error
 
 
