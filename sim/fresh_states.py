@@ -4,6 +4,9 @@ Each is a draw of LIBERO's own sampler from a stated seed, in the order of the s
 when the task is solved already after settling, or when an object has by then moved by more than 5 cm (it fell).
 """
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
+
 from __future__ import annotations
 
 import json

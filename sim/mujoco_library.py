@@ -1,5 +1,8 @@
 """MuJoCo's C library: where it lies, and what its Python binding leaves out."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
+
 from __future__ import annotations
 
 import ctypes

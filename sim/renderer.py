@@ -1,5 +1,8 @@
 """Off-screen rendering of one model, with the settings of robosuite's own cameras."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
+
 from __future__ import annotations
 
 import os
@@ -17,6 +20,7 @@ class SceneRenderer:
 
     def __init__(self, model: mujoco.MjModel) -> None:
         self._model = model
+        self._closed = False
         # Neither changes a pixel: a shadow map that no light uses (67 MB), a buffer larger than the image asked for.
         if not model.light_castshadow.any():
             model.vis.quality.shadowsize = 0
@@ -55,11 +59,11 @@ class SceneRenderer:
 
     def close(self) -> None:
         """Free the graphics memory."""
-        if self._gl is not None:
+        if not self._closed:
+            self._closed = True
             self._gl.make_current()  # the context below would otherwise free another scene's objects
             self._context.free()
             self._gl.free()
-            self._gl = None
 
     __del__ = close
 

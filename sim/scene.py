@@ -1,5 +1,8 @@
 """One built task, kept alive and reused: reset to any initial state, step, save and restore, render."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -69,8 +72,6 @@ class Scene:
         self._hand = self.model.body(self._robot.robot_model.eef_name).id
         self._view = mujoco.MjData(self.model)  # observations are drawn here, leaving `data` untouched
         self._placement = Placement(self.env)
-        self.occupant: object | None = None
-        """whose episode stands in `data` now, when several share the scene"""
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""

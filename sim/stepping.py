@@ -1,5 +1,8 @@
 """Two ways to advance a scene by one control tick: `FastStepper` (compiled) and `StockStepper` (robosuite's own)."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
+
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
