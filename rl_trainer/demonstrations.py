@@ -113,7 +113,7 @@ class Source:
         try:
             with h5py.File(path) as file:
                 data = _group(file, "data")
-                for demo in sorted(data, key=lambda name: int(name.rpartition("_")[2])):
+                for demo in sorted(data, key=lambda name: int(str(name).rpartition("_")[2])):
                     yield demonstration_from_hdf5(
                         data, demo, path.stem, self.camera, stride=self.hdf5_stride, drop_no_ops=self.drop_no_ops
                     )

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -124,10 +123,13 @@ def sft(config: SftConfig) -> None:
     """Trains until the budget is spent or SIGTERM, which both end with a checkpoint."""
     started_s = time.monotonic()
     _claim(config)
-    with tempfile.TemporaryDirectory(dir=config.out, prefix="frames-") as folder:
-        samples = _collect(config, Path(folder) / "frames.u8")
+    frames_file = config.out / "frames.u8"
+    try:
+        samples = _collect(config, frames_file)
         with launched(config.ranks, _train, config, samples, started_s) as ranks:
             _train(ranks, config, samples, started_s)
+    finally:
+        frames_file.unlink(missing_ok=True)
 
 
 def _claim(config: SftConfig) -> None:

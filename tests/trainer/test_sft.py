@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from policy_server.vla.action_tokens import ActionTokens
+from policy_server.vla.checkpoint import load_checkpoint
+from protos import episode_pb2
+from rl_trainer.augment import Augmentation
+from rl_trainer.metrics import Curve
+from rl_trainer.sft import SftConfig, sft
+from tests.trainer import fake_demonstrations as fake
+
+STILL = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demonstrations")
+    for i in range(6):
+        fake.write_episode(folder, f"e{i}", fake.actions(16, seed=i), instruction=f"pick up the object {i % 2}")
+    return folder
+
+
+def config(data: Path, out: Path, **options: object) -> SftConfig:
+    """A run small enough for a test: 24 samples, chunks of two actions."""
+    settings = {
+        "steps": 4,
+        "batch_size": 8,
+        "chunk_length": 2,
+        "warmup_steps": 2,
+        "validation_fraction": 0.0,
+        "log_seconds": 0.0,
+    }
+    return SftConfig(data=(data,), out=out, **{**settings, **options})  # type: ignore[arg-type]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(demonstrations: Path, tmp_path: Path) -> None:
+    sft(config(demonstrations, tmp_path / "whole", steps=7, final_learning_rate=1e-3))
+    sft(config(demonstrations, tmp_path / "parts", steps=4, final_learning_rate=1e-3))
+    sft(config(demonstrations, tmp_path / "parts", steps=7, final_learning_rate=1e-3, resume=True))
+    assert_same(load_file(tmp_path / "whole/state.safetensors"), load_file(tmp_path / "parts/state.safetensors"))
+    assert_same(weights(tmp_path / "whole/last"), weights(tmp_path / "parts/last"))
+    losses = [Curve(tmp_path / run, first_step=8).series("loss") for run in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_as_another(
+    demonstrations: Path, tmp_path: Path
+) -> None:
+    sft(config(demonstrations, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        sft(config(demonstrations, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="seed was 0, got 1"):
+        sft(config(demonstrations, tmp_path, steps=2, seed=1, resume=True))
+
+
+def test_a_tiny_set_is_learned_by_heart(tmp_path: Path) -> None:
+    labels = fake.actions(8)
+    fake.write_episode(tmp_path / "data", "e", labels)
+    out = tmp_path / "run"
+    sft(config(tmp_path / "data", out, steps=120, batch_size=2, augmentation=STILL, ema=0.0, warmup_steps=10))
+    losses = Curve(out, first_step=1000).series("loss")[1]
+    assert losses[0] > 4
+    assert np.mean(losses[-5:]) < 0.05
+
+
+def test_a_checkpoint_carries_the_statistics_that_its_tokens_were_made_with(
+    demonstrations: Path, tmp_path: Path
+) -> None:
+    sft(config(demonstrations, tmp_path, steps=1, unnorm_key="ours"))
+    checkpoint = load_checkpoint(tmp_path / "last")
+    actions = np.concatenate([fake.actions(16, seed=i) for i in range(6)]).astype(np.float64)
+    statistics = checkpoint.config.norm_stats["ours"]["action"]
+    np.testing.assert_allclose(statistics["q01"], np.quantile(actions, 0.01, axis=0))
+    np.testing.assert_allclose(statistics["q99"], np.quantile(actions, 0.99, axis=0))
+    assert statistics["mask"] == [True] * 6 + [False]
+    tokens = ActionTokens(checkpoint.config, "ours")
+    inside_KA = np.clip(actions[:2], tokens.low_A, tokens.high_A)
+    half_bin_A = np.where(tokens.mask_A, (tokens.high_A - tokens.low_A) / 255 / 2, 1 / 255)
+    assert (np.abs(tokens.decode(tokens.encode(inside_KA)) - inside_KA) <= half_bin_A + 1e-12).all()
+
+
+def test_a_lora_run_leaves_the_base_as_it_was(demonstrations: Path, tmp_path: Path) -> None:
+    sft(config(demonstrations, tmp_path / "base", steps=1))
+    base = weights(tmp_path / "base/last")
+    sft(config(demonstrations, tmp_path / "lora", steps=3, init=str(tmp_path / "base/last"), lora_rank=4))
+    assert_same(base, weights(tmp_path / "base/last"))
+    adapter = load_file(tmp_path / "lora/last/adapter_model.safetensors")
+    assert adapter and all(".lora_A." in name or ".lora_B." in name for name in adapter)
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if ".lora_B." in name)
+
+
+def test_two_ranks_learn_what_one_learns(demonstrations: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        sft(config(demonstrations, tmp_path / str(ranks), steps=3, ranks=ranks, ema=0.0))
+    one, two = weights(tmp_path / "1/last"), weights(tmp_path / "2/last")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3)
+    assert Curve(tmp_path / "1", first_step=9).series("loss")[1] == pytest.approx(
+        Curve(tmp_path / "2", first_step=9).series("loss")[1], rel=1e-3
+    )
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(demonstrations: Path, tmp_path: Path) -> None:
+    for accumulate in (1, 3):
+        sft(config(demonstrations, tmp_path / str(accumulate), steps=2, accumulate=accumulate, ema=0.0))
+    one, three = weights(tmp_path / "1/last"), weights(tmp_path / "3/last")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, three[name], rtol=1e-3, atol=1e-3)
+
+
+def test_only_evaluation_episodes_are_nothing_to_train_on(tmp_path: Path) -> None:
+    fake.write_episode(tmp_path / "data", "exam", fake.actions(8), purpose=episode_pb2.PURPOSE_EVALUATE)
+    with pytest.raises(ValueError, match="no demonstration is left to train on"):
+        sft(config(tmp_path / "data", tmp_path / "run"))
+
+
+def test_held_out_episodes_are_measured_by_action_dimension(demonstrations: Path, tmp_path: Path) -> None:
+    sft(config(demonstrations, tmp_path, steps=2, validation_fraction=0.5))
+    row = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])
+    assert {f"accuracy/{i}" for i in range(7)} | {f"l1/{i}" for i in range(7)} < set(row)
+    assert all(0 <= row[f"accuracy/{i}"] <= 1 for i in range(7))
+    assert row["l1/3"] == pytest.approx(0, abs=1e-6)  # no demonstration rotates
+    assert (tmp_path / "best/config.json").exists() and (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(demonstrations: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rl_trainer", "sft", "--data", str(demonstrations), "--out", str(tmp_path / "run")]
+    options = ["--minutes", "5", "--batch-size", "4", "--chunk-length", "1", "--log-seconds", "0", "--ranks", "2"]
+    process = subprocess.Popen(command + options, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2 "):
+            break
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and time.monotonic() - began < 60
+    assert load_checkpoint(tmp_path / "run/last").config.chunk_length == 1
+    assert (tmp_path / "run/state.safetensors").exists()
