@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,26 @@ CAPTION_PX = 28
 CHARACTER_PX = 6
 
 
+class VideoError(RuntimeError):
+    """The encoder failed; the message is its own."""
+
+
 def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: int) -> None:
-    """uint8 (H, W, 3) frames as H.264; raises OSError when the encoder fails.  Odd sizes are scaled to even ones."""
+    """uint8 (H, W, 3) frames as H.264.  An odd row or column is cut off.  Raises VideoError."""
     import imageio_ffmpeg  # only where a video is written
 
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames_HW3[0].shape[:2]
-    writer = imageio_ffmpeg.write_frames(
-        str(path), (width, height), fps=frames_per_s, codec="libx264", quality=7, macro_block_size=2
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(frames_per_s), "-i", "-"]
+    target = ["-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p"]
+    # A plain subprocess: imageio's own writer forks with a preexec_fn, which breaks beside gRPC's threads.
+    encoder = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target, str(path)],
+        input=b"".join(frame.tobytes() for frame in frames_HW3),
+        capture_output=True,
     )
-    writer.send(None)
-    for frame in frames_HW3:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
+    if encoder.returncode:
+        raise VideoError(f"{path.name}: ffmpeg ended with {encoder.returncode}: {encoder.stderr.decode().strip()}")
 
 
 def write_gif(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: float, max_bytes: int) -> None:

@@ -7,6 +7,7 @@ when a decision is due.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from sim.report import EpisodeRecord
 from sim.scene import Scene
 from sim.scenes import Scenes
 from sim.suites import find_task
-from sim.video import captioned, write_mp4
+from sim.video import VideoError, captioned, write_mp4
+
+logger = logging.getLogger(__name__)
 
 SERVER_PATIENCE_S = 30.0
 """How long an episode waits for a good answer before it is an error."""
@@ -139,4 +142,7 @@ class Reel(Observer):
         frames = [captioned(frame, self._caption) for frame in self._frames]
         state = task.initial_state.replace(":", "-")
         frames_per_s = max(1, round(20 * len(frames) / max(1, result.ticks)))
-        write_mp4(self._folder / f"{stem}.state-{state}.mp4", frames, frames_per_s=frames_per_s)
+        try:
+            write_mp4(self._folder / f"{stem}.state-{state}.mp4", frames, frames_per_s=frames_per_s)
+        except VideoError as error:
+            logger.error("no video, the episode counts all the same: %s", error)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import imageio_ffmpeg
 import numpy as np
+import pytest
 from PIL import Image
 
-from sim.video import CAPTION_PX, captioned, side_by_side, write_gif, write_mp4
+from sim.video import CAPTION_PX, VideoError, captioned, side_by_side, write_gif, write_mp4
 
 
 def clip(n: int, size: int = 64) -> list[np.ndarray]:
@@ -21,6 +22,17 @@ def test_an_mp4_has_every_frame_in_order(tmp_path):
     means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
     assert len(means) == 12
     np.testing.assert_allclose(means, [frame.mean() for frame in clip(12)], atol=6)
+
+
+def test_an_odd_size_loses_its_last_row_and_column(tmp_path):
+    write_mp4(tmp_path / "clip.mp4", clip(4, size=65), frames_per_s=10)
+    assert next(imageio_ffmpeg.read_frames(str(tmp_path / "clip.mp4")))["size"] == (64, 64)
+
+
+def test_an_encoder_that_fails_says_why(tmp_path):
+    (tmp_path / "clip.mp4").mkdir()
+    with pytest.raises(VideoError, match=r"clip\.mp4: ffmpeg ended with .*directory"):
+        write_mp4(tmp_path / "clip.mp4", clip(4), frames_per_s=10)
 
 
 def test_a_gif_stays_below_its_limit(tmp_path):
