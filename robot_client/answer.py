@@ -5,6 +5,7 @@ Shapes: K actions of A numbers, N = K*A tokens.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,8 @@ class Answer:
     version: int
     temperature: float
     timing: Timing
+    arrived_s: float
+    """On time.monotonic()."""
 
     @classmethod
     def of(cls, reply: policy_pb2.ActReply, spec: PolicySpec) -> Answer:
@@ -69,4 +72,5 @@ class Answer:
             version=chunk.version,
             temperature=chunk.temperature,
             timing=chunk.timing,
+            arrived_s=time.monotonic(),
         )

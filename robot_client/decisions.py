@@ -95,7 +95,7 @@ class Decisions:
             self._failed(error, now_s)
             return None
         assert self._first_asked_s is not None
-        self.answer_s.append(now_s - self._first_asked_s)
+        self.answer_s.append(answer.arrived_s - self._first_asked_s)
         del self._unreported[: self._carried]
         self._first_asked_s = self._failing_since_s = None
         self.trouble = ""

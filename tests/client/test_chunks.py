@@ -22,6 +22,7 @@ def answer(decision: int, capture_time_ns: int, length: int = 4) -> Answer:
         version=1,
         temperature=0.0,
         timing=Timing(),
+        arrived_s=0.0,
     )
 
 

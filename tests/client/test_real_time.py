@@ -95,6 +95,7 @@ def test_asked_ahead_the_arm_never_holds_once_it_moves(client, policy):
     run_one(real_arm(), client, watch, max_ticks=50, ahead_ticks=2)
     moving = watch.ticks[watch.first(POLICY) :]
     held = sum(tick.source == HOLD for tick in moving)
+    assert len(moving) > 40
     assert held <= len(moving) // 10  # a loaded machine may be late now and then; in order it would be a third
 
 
