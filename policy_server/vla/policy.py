@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import Checkpoint, fingerprint, load_checkpoint
@@ -41,6 +42,9 @@ class Policy:
         )
         self.fingerprint = fingerprint(self.model)
         self.model.language_model.fuse()
+        if shape is not None and self.model.device.type == "cpu":
+            # Shared between threads, a matrix product rounds a row by where it stands in the batch.
+            torch.set_num_threads(1)
 
     @classmethod
     def load(
