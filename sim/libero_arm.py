@@ -25,6 +25,11 @@ TICK_RATE_HZ = 20.0
 OPEN = 1.0
 
 
+def environment_action(action_A: np.ndarray) -> np.ndarray:
+    """A policy's action (7,) in the environment's words: deltas within [-1, 1], gripper -1 opens, +1 closes."""
+    return np.append(np.clip(action_A[:6], -1.0, 1.0), -np.sign(2.0 * action_A[6] - 1.0))
+
+
 class LiberoArm:
     """One episode on a scene; in lockstep, for the simulator's clock stands still between ticks.
 
@@ -89,23 +94,23 @@ class LiberoArm:
         )
 
     def apply(self, action_A: np.ndarray) -> np.ndarray:
-        self._enter()
-        delta, gripper = np.clip(action_A[:6], -1.0, 1.0), -np.sign(2.0 * action_A[6] - 1.0)
-        self._move(delta, gripper)
+        command = environment_action(action_A)
+        self._move(command)
         self._ticks += 1
-        self._gripper = (1.0 - gripper) / 2.0
-        return np.array([*delta, self._gripper], np.float32)
+        self._gripper = (1.0 - command[6]) / 2.0
+        return np.array([*command[:6], self._gripper], np.float32)
 
     def hold(self) -> np.ndarray:
-        self._enter()
-        self._move(np.zeros(6), -np.sign(2.0 * self._gripper - 1.0))
-        return np.array([0.0] * 6 + [self._gripper], np.float32)
+        still = np.array([0.0] * 6 + [self._gripper], np.float32)
+        self._move(environment_action(still))
+        return still
 
     def close(self) -> None:
         """The scene stays with whoever built it."""
 
-    def _move(self, delta: np.ndarray, gripper: float) -> None:
-        self._success = self._scene.step([*delta, gripper]) or self._success
+    def _move(self, command: np.ndarray) -> None:
+        self._enter()
+        self._success = self._scene.step(command) or self._success
 
     def step_aside(self) -> None:
         """Saves this arm's episode: another arm is about to take the scene."""
