@@ -7,6 +7,7 @@ recorded beside it, tick by tick, is the expert's own action there, the label of
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import time
@@ -161,11 +162,13 @@ def make_runner(config: DemosConfig) -> Runner:
 
 
 def _run_group(config: DemosConfig, scenes: Scenes, jobs: Iterator[Job], progress: Progress) -> Iterator[Answer]:
-    for job in jobs:
-        progress("build")
-        scene = scenes.of(job.group)
-        assert isinstance(scene, Scene)
-        yield Answer(key=job.key, value=Recorder(config, scene, progress).record(job.payload))
+    first = next(jobs)
+    progress("build")
+    scene = scenes.of(first.group)
+    assert isinstance(scene, Scene)
+    recorder = Recorder(config, scene, progress)
+    for job in itertools.chain([first], jobs):
+        yield Answer(key=job.key, value=recorder.record(job.payload))
     scenes.require_budget()
 
 
