@@ -31,6 +31,45 @@ LIBERO_OBJECT: dict[str, Recipe] = {
     **_into_basket("orange_juice"),
 }
 
+# Bowls are taken by the rim on the side of +y.
+BOWL = Grasp(offset_m=(0.0, 0.049), above_bottom_m=0.036)
+BLACK_BOWL = "akita_black_bowl_1_main"
+PLATE = Place(target="plate_1_main", carry_m=0.05, release_m=0.005, radius_m=0.02)
+CABINET_TOP = Place(target="wooden_cabinet_1_top_side", carry_m=0.05, release_m=0.01, radius_m=0.03)
+
+LIBERO_GOAL: dict[str, Recipe] = {
+    "put_the_bowl_on_the_stove": (
+        PickPlace(
+            body=BLACK_BOWL,
+            grasp=BOWL,
+            place=Place(target="flat_stove_1_cook_region", carry_m=0.08, release_m=0.03, radius_m=0.03),
+        ),
+    ),
+    "put_the_bowl_on_the_plate": (PickPlace(body=BLACK_BOWL, grasp=BOWL, place=PLATE),),
+    "put_the_bowl_on_top_of_the_cabinet": (PickPlace(body=BLACK_BOWL, grasp=BOWL, place=CABINET_TOP),),
+    "put_the_wine_bottle_on_top_of_the_cabinet": (PickPlace(body="wine_bottle_1_main", place=CABINET_TOP),),
+    "put_the_wine_bottle_on_the_rack": (
+        PickPlace(
+            body="wine_bottle_1_main",
+            place=Place(target="wine_rack_1_top_region", carry_m=0.08, release_m=0.01, radius_m=0.03),
+        ),
+    ),
+    "put_the_cream_cheese_in_the_bowl": (
+        PickPlace(
+            body="cream_cheese_1_main",
+            grasp=FLAT_BOX,
+            place=Place(target=BLACK_BOWL, carry_m=0.04, release_m=0.0, radius_m=0.025),
+        ),
+    ),
+    "push_the_plate_to_the_front_of_the_stove": (
+        PickPlace(
+            body="plate_1_main",
+            grasp=Grasp(offset_m=(0.0, 0.062), above_bottom_m=0.014),
+            place=Place(target="main_table_stove_front_region", carry_m=0.03, release_m=0.01, radius_m=0.03),
+        ),
+    ),
+}
+
 ROBOSUITE: dict[str, Recipe] = {
     "Lift": (PickPlace(body="cube_main"),),
     "Stack": (
@@ -55,7 +94,28 @@ ROBOSUITE: dict[str, Recipe] = {
     ),
 }
 
-RECIPES: dict[str, dict[str, Recipe]] = {"libero_object": LIBERO_OBJECT, "robosuite": ROBOSUITE}
+SPATIAL_PLACES = (
+    "between_the_plate_and_the_ramekin",
+    "from_table_center",
+    "next_to_the_cookie_box",
+    "next_to_the_plate",
+    "next_to_the_ramekin",
+    "on_the_cookie_box",
+    "on_the_ramekin",
+    "on_the_stove",
+    "on_the_wooden_cabinet",
+)
+LIBERO_SPATIAL: dict[str, Recipe] = {
+    f"pick_up_the_black_bowl_{where}_and_place_it_on_the_plate": (PickPlace(body=BLACK_BOWL, grasp=BOWL, place=PLATE),)
+    for where in SPATIAL_PLACES
+}
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "libero_object": LIBERO_OBJECT,
+    "libero_goal": LIBERO_GOAL,
+    "libero_spatial": LIBERO_SPATIAL,
+    "robosuite": ROBOSUITE,
+}
 
 
 def recipe_for(task: Task) -> Recipe:
