@@ -35,7 +35,7 @@ class ServeConfig:
     max_batch: int = 16
     """Most requests in one pass of the model."""
 
-    max_wait_ms: float = 5.0
+    max_wait_ms: float = 10.0
     """Longest a request waits for others to share its pass."""
 
     queue: int = 64

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest
-from policy_server.errors import EngineFailed
+from policy_server.errors import InternalFault
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,6 @@ class Engine:
                 answers = self._decode([ticket.request for ticket in batch])
             except Exception:  # whatever a model raises, the others' requests go on
                 log.exception("the model failed on a batch of %d", len(batch))
-                self._batcher.fail(batch, EngineFailed("the model failed on this batch; the server's log says why"))
+                self._batcher.fail(batch, InternalFault("the model failed on this batch; the server's log says why"))
             else:
                 self._batcher.resolve(batch, answers, started_s=started_s)

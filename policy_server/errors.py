@@ -10,7 +10,7 @@ PolicyServerError
     ├── Overloaded      RESOURCE_EXHAUSTED   the queue or the disk is full; try again later
     ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
     ├── Abandoned       CANCELLED            nobody waits for the answer any more
-    ├── EngineFailed    INTERNAL             the model raised
+    ├── InternalFault   INTERNAL             the model, or the server itself, raised
     └── Unavailable     UNAVAILABLE          not warm yet, or stopping
 """
 
@@ -79,7 +79,7 @@ class Abandoned(Refused):
     status = grpc.StatusCode.CANCELLED
 
 
-class EngineFailed(Refused):
+class InternalFault(Refused):
     status = grpc.StatusCode.INTERNAL
 
 

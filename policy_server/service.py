@@ -14,13 +14,13 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.episodes import Episode, Episodes, Flight
-from policy_server.errors import Abandoned, BadRequest, EngineFailed, Refused, Superseded, Unavailable
+from policy_server.errors import Abandoned, BadRequest, InternalFault, Refused, Superseded, Unavailable
 from policy_server.observation import Observed, check_ticks, read_observation
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc
@@ -36,13 +36,26 @@ RETRY_SOON_MS = 500
 Prepare = Callable[[Observed], Any]
 
 
+@contextlib.contextmanager
+def refusals_only() -> Iterator[None]:
+    """Turns a fault of ours into a refusal: it costs one request, and nothing of it travels."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        log.exception("a request failed inside the server")
+        raise InternalFault("the server failed on this request; its log says why") from error
+
+
 def refusing(handler):
     """A unary handler whose Refused becomes the call's status, with the Refusal in the trailing metadata."""
 
     @functools.wraps(handler)
     async def answer(self, request, context):
         try:
-            return await handler(self, request, context)
+            with refusals_only():
+                return await handler(self, request, context)
         except Refused as refused:
             metadata = ((REFUSAL_KEY, refused.message.SerializeToString()),)
             await context.abort(refused.status, _sentence(refused), trailing_metadata=metadata)
@@ -128,7 +141,8 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 
         async def serve(request: policy_pb2.ActRequest) -> None:
             try:
-                reply = await self._answer(request)
+                with refusals_only():
+                    reply = await self._answer(request)
             except Refused as refused:
                 reply = _reply(request, refusal=refused.message)
             async with writing:
@@ -201,7 +215,11 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         started_s = time.monotonic()
         start = episode.start
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, request)
+            with refusals_only():
+                prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, request)
+        except Refused as refused:
+            self._batcher.withdraw(ticket, refused)
+        else:
             decode = DecodeRequest(
                 prepared=prepared,
                 version=self._versions.live if start.follow_live else start.version,
@@ -210,11 +228,6 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
                 decision=request.decision,
             )
             self._batcher.submit(ticket, decode)
-        except Refused as refused:
-            self._batcher.withdraw(ticket, refused)
-        except Exception:  # a fault of ours: it costs this request, not the server
-            log.exception("preparing decision %d of episode %s failed", request.decision, start.episode_id)
-            self._batcher.withdraw(ticket, EngineFailed("the observation could not be prepared"))
         answered = await asyncio.wrap_future(ticket.answer)
         prepare_ms = 1e3 * (ticket.submitted_s - started_s)
         reply = _reply(request, chunk=_chunk(answered, start.temperature, prepare_ms))

@@ -17,7 +17,10 @@ ACTIONS, CHUNK, SIDE_PX, MAX_WORDS = 2, 3, 8, 6
 
 
 class FakeModel:
-    """Each action is (mean pixel, decision).  The gate, when closed, holds decode(); "explode" makes it raise."""
+    """Each action is (mean pixel, decision).  The gate, when closed, holds decode().
+
+    An instruction with "explode" makes decode() raise, one with "stumble" makes prepare() raise.
+    """
 
     def __init__(self, *, pass_s: float = 0.0, warm_s: float = 0.0):
         self.gate = threading.Event()
@@ -53,6 +56,8 @@ class FakeModel:
         words = observed.instruction.split()
         if len(words) > MAX_WORDS:
             raise BadRequest(f"must be at most {MAX_WORDS} tokens, got {len(words)}", field="observation.instruction")
+        if "stumble" in words:
+            raise RuntimeError("the fake model stumbled")
         return float(observed.images["agentview"].mean()), observed.instruction
 
     def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:

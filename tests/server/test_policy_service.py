@@ -213,6 +213,20 @@ def test_a_model_failure_refuses_its_batch_and_the_server_lives_on(caplog):
     assert "the fake model exploded" in caplog.text
 
 
+@pytest.mark.parametrize("call", ["Act", "ActStream"])
+def test_a_fault_of_ours_costs_one_request_and_tells_no_secrets(server, episode, call, caplog):
+    request = messages.act(episode, 0, instruction="stumble")
+    if call == "Act":
+        with pytest.raises(grpc.RpcError) as error:
+            server.policy.Act(request)
+        refusal = refusal_of(error.value)
+    else:
+        refusal = next(server.policy.ActStream(iter([request]))).refusal
+    assert refusal.code == grpc.StatusCode.INTERNAL.value[0]
+    assert "stumbled" not in refusal.message and "the fake model stumbled" in caplog.text
+    assert server.policy.Act(messages.act(episode, 0)).HasField("chunk")
+
+
 def test_sixteen_robots_streaming_at_once_all_get_their_own_answers():
     def drive(server, results: list, robot: int) -> None:
         with grpc.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
