@@ -18,7 +18,6 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from google.protobuf import text_format
 
 from protos.codec import ImageFormat
 from robot_client import arms
@@ -30,6 +29,7 @@ from robot_client.errors import RobotError
 from robot_client.film import SUFFIXES, Film
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Purpose, Rollout
+from robot_client.spec import PolicySpec
 
 logger = logging.getLogger("robot_client")
 
@@ -103,8 +103,31 @@ def show_spec(command: Spec, rest: Sequence[str]) -> int:
     if rest:
         raise RobotError(f"spec takes no other flags, got {list(rest)}")
     with connect(command.server, deadline_s=command.deadline_s, give_up_after_s=command.deadline_s) as client:
-        print(text_format.MessageToString(client.spec().message, as_utf8=True), end="")
+        print(describe(client.spec()))
     return 0
+
+
+def describe(spec: PolicySpec) -> str:
+    """The spec, a line for each thing a robot's owner asks about."""
+    said = spec.message
+    actions = [
+        f"{name}: {low:.4g} to {high:.4g} {dimension.unit}"
+        for name, low, high, dimension in zip(spec.action_names, spec.low_A, spec.high_A, said.action, strict=True)
+    ]
+    images = [f"{image.name}: {image.height}x{image.width}, resized by {image.resize}" for image in said.images]
+    lines = {
+        "model": f"{said.model}, base {said.base_fingerprint[:12]}",
+        "versions": f"{list(said.versions)}, live {said.live_version}",
+        "actions": "; ".join(actions),
+        "chunk": f"{spec.chunk_length} actions of {len(spec.action_names)}, {spec.tokens.bins} tokens for each number",
+        "tick rate": f"{spec.tick_rate_hz:g} Hz" if spec.tick_rate_hz else "unknown",
+        "images": "; ".join(images),
+        "state": ", ".join(spec.state_names) or "none",
+        "prepared as": f"{said.image_path}, un-normalised by {said.unnorm_key}",
+        "limits": f"{said.max_instruction_tokens} instruction tokens, {said.max_image_bytes} bytes an image",
+        "episodes": "stored" if said.stores_episodes else "not stored",
+    }
+    return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
 
 
 def drive(command: Run, rest: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +39,17 @@ class Cadence:
     missed.
     """
 
-    def __init__(self, rate_hz: float):
+    def __init__(
+        self,
+        rate_hz: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         self._period_s = 1 / rate_hz
-        self._began_s = self._now_s = time.monotonic()
+        self._clock = clock
+        self._sleep = sleep
+        self._began_s = self._now_s = clock()
         self._due = 0
         self._late_s: list[float] = []
         self._missed = 0
@@ -48,13 +57,13 @@ class Cadence:
     def wait(self) -> None:
         """Sleeps until the next deadline; returns at once when it has passed already."""
         self._due += 1
-        elapsed = (time.monotonic() - self._began_s) / self._period_s
+        elapsed = (self._clock() - self._began_s) / self._period_s
         overrun = max(0, int(elapsed) - self._due)
         self._missed += overrun
         self._due += overrun
         deadline_s = self._began_s + self._due * self._period_s
-        time.sleep(max(0.0, deadline_s - time.monotonic()))
-        self._now_s = time.monotonic()
+        self._sleep(max(0.0, deadline_s - self._clock()))
+        self._now_s = self._clock()
         self._late_s.append(self._now_s - deadline_s)
 
     def report(self) -> CadenceReport:

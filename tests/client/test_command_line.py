@@ -17,7 +17,8 @@ def info(caplog):
 def test_spec_prints_what_the_server_says(server, capsys):
     assert main(["spec", "--server", server.address]) == 0
     printed = capsys.readouterr().out
-    assert 'model: "scripted"' in printed and "chunk_length: 4" in printed
+    assert "scripted" in printed and "4 actions of 7, 256 tokens for each number" in printed
+    assert "agentview: 16x16" in printed and "eef_x, eef_y, eef_z" in printed and "20 Hz" in printed
 
 
 def test_run_drives_episodes_and_reports_each(server, policy, caplog):

@@ -17,6 +17,7 @@ from robot_client.client import PolicyClient
 from robot_client.drivers import run_real_time
 from robot_client.episode import Episode, EpisodeConfig
 from robot_client.observer import Observer
+from tests.client.black_hole import BlackHole
 from tests.client.conftest import rollout_of
 from tests.client.fake_arm import FakeArm, spec_of
 from tests.client.scripted_policy import Delay, LoseReply, Refuse, Running, ScriptedPolicy
@@ -42,8 +43,8 @@ def client(server):
         yield client
 
 
-def real_arm(**options) -> FakeArm:
-    return FakeArm(spec_of(lockstep=False, tick_rate_hz=RATE_HZ), **options)
+def real_arm(*, tick_rate_hz: float = RATE_HZ, **options) -> FakeArm:
+    return FakeArm(spec_of(lockstep=False, tick_rate_hz=tick_rate_hz), **options)
 
 
 class Ticks(Observer):
@@ -89,29 +90,24 @@ def test_the_arm_holds_until_the_first_answer_and_then_follows_it(client, policy
     assert (watch.ticks[first_move].decision, watch.ticks[first_move].index) == (0, 0)
 
 
-def test_asked_ahead_the_arm_never_holds_once_it_moves(client, policy):
-    policy.delay_s = TICK_S
+def test_asked_ahead_the_arm_does_not_stop_between_chunks(client, policy):
+    policy.spec.tick_rate_hz = 20
+    policy.delay_s = 0.02
     watch = Ticks()
-    run_one(real_arm(), client, watch, max_ticks=50, ahead_ticks=2)
+    run_one(real_arm(tick_rate_hz=20), client, watch, max_ticks=30, ahead_ticks=3)
     moving = watch.ticks[watch.first(POLICY) :]
     held = sum(tick.source == HOLD for tick in moving)
-    assert len(moving) > 40
-    assert held <= len(moving) // 10  # a loaded machine may be late now and then; in order it would be a third
+    assert len(moving) > 25 and held <= 3  # in order it would be one or more for each of six decisions
 
 
 def test_the_rate_is_kept_while_every_answer_is_slow(client, policy):
     policy.delay_s = 0.2
     watch = Ticks()
-    result = run_one(real_arm(), client, watch, max_ticks=50)
-    assert watch.times_s[-1] - watch.times_s[0] == pytest.approx(49 * TICK_S, rel=0.05)
-    assert result.cadence is not None and result.cadence.rate_hz == pytest.approx(RATE_HZ, rel=0.05)
-
-
-def test_lateness_does_not_add_up_and_missed_deadlines_are_counted(client):
-    watch = Ticks(at=10, call=lambda: time.sleep(3.5 * TICK_S))
-    result = run_one(real_arm(), client, watch, max_ticks=40)
-    assert result.cadence is not None and result.cadence.missed == 2  # of the three that passed, the last is late
-    assert watch.times_s[-1] - watch.times_s[0] == pytest.approx((39 + 2) * TICK_S, abs=0.5 * TICK_S)
+    result = run_one(real_arm(), client, watch, max_ticks=60)
+    waiting_s = result.decisions * policy.delay_s
+    ticking_s = watch.times_s[-1] - watch.times_s[0]
+    assert waiting_s > 0.5 and ticking_s < 59 * TICK_S + 0.5 * waiting_s
+    assert result.cadence is not None and result.cadence.ticks == 61  # the last one only looks
 
 
 def test_an_exhausted_chunk_is_held_from_the_next_tick_on(client, policy):
@@ -132,9 +128,10 @@ def test_a_stale_observation_is_held_within_two_ticks_of_its_limit(server):
         run_one(real_arm(), client, watch, max_ticks=30, max_age_s=limit_s)
     start = watch.first(POLICY)
     held = watch.first(HOLD, after=start)
-    assert watch.times_s[held] - watch.times_s[start] < limit_s + 2 * TICK_S
     assert "observation too old" in watch.ticks[held].reason
     assert all(tick.source == HOLD for tick in watch.ticks[held:])
+    late = [at_s for at_s in watch.times_s[start:held] if at_s > watch.times_s[start] + limit_s]
+    assert held - start >= 3 and len(late) <= 2
 
 
 def test_an_answer_too_late_to_be_vouched_for_is_never_followed(client, policy):
@@ -163,7 +160,6 @@ def test_a_frozen_camera_is_held_within_two_ticks_of_its_limit_and_followed_agai
     assert watch.ticks[frozen].source == HOLD and frozen - third_identical <= 2
     thawed = watch.first(POLICY, after=frozen)
     assert all("camera frozen" in tick.reason for tick in watch.ticks[frozen : thawed - 2])
-    assert watch.ticks[-1].source == POLICY or watch.ticks[-2].source == POLICY
 
 
 def test_a_policy_outside_its_own_range_is_held_and_not_clipped(client, policy):
@@ -191,6 +187,33 @@ def test_losing_the_server_holds_with_the_reason_and_the_same_episode_is_resumed
     episode = policy.only_episode
     assert [tick.source for tick in episode.ticks] == [tick.source for tick in watch.ticks]
     assert sorted(episode.answers) == list(range(result.decisions))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+def test_a_black_hole_holds_the_arm_and_behind_it_the_same_episode_goes_on(server, policy, stream):
+    """Limit: 0.2 s of age; the chunk of four lasts for 0.08 s."""
+    hole = BlackHole(server.address)
+    limit_s = 0.2
+    with PolicyClient(hole.address, stream=stream, deadline_s=5, give_up_after_s=5) as client:
+        watch = Ticks(at=10, call=hole.swallow)
+        reopening = threading.Timer(1.0, hole.let_through)
+        reopening.start()
+        result = run_one(real_arm(), client, watch, max_ticks=120, max_age_s=limit_s)
+        reopening.join()
+    hole.close()
+    gone = watch.first(HOLD, after=10 + 4 + 1)
+    late = [at_s for at_s in watch.times_s[10:gone] if at_s > watch.times_s[10] + limit_s]
+    assert len(late) <= 2
+    held = [tick.source == HOLD for tick, at_s in zip(watch.ticks, watch.times_s, strict=True) if during(watch, at_s)]
+    assert held and all(held)
+    assert any("no answer in 0.2 s" in tick.reason or "DEADLINE_EXCEEDED" in tick.reason for tick in watch.ticks)
+    assert result.outcome == "failure" and watch.first(POLICY, after=gone + 30)
+    assert list(policy.only_episode.ticks) == watch.ticks
+
+
+def during(watch: Ticks, at_s: float) -> bool:
+    """Between detection and the reopening of the black hole."""
+    return watch.times_s[10] + 0.3 < at_s < watch.times_s[10] + 0.7
 
 
 def test_a_server_that_stays_away_ends_the_episode_as_an_error_with_the_arm_held(server, policy):
