@@ -6,10 +6,13 @@ Shapes: n samples, B batch, N = K*A action tokens, S of the state.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.config import VLAConfig
@@ -58,11 +61,12 @@ class Cloner:
         augmentation: Augmentation,
         batch_size: int,
         accumulate: int,
+        autocast: bool,
         seed: int,
         ranks: Ranks,
     ):
         self.model, self.objective, self.augmentation, self.ranks = model, objective, augmentation, ranks
-        self.accumulate, self.seed = accumulate, seed
+        self.accumulate, self.autocast, self.seed = accumulate, autocast, seed
         self.device = model.device
         self.action_tokens = ActionTokens(model.config, unnorm_key)
         preprocessor = Preprocessor(model.config, tokenizer, unnorm_key=unnorm_key)
@@ -92,7 +96,8 @@ class Cloner:
             if len(part):
                 cut = slice(int(part[0]), int(part[-1]) + 1)
                 prompts = self._augmented(self._collate(rows[cut]), drawn.part(cut))
-                loss = self._loss(prompts, rows[cut]) * (len(part) / len(rows))
+                with self._arithmetic():
+                    loss = self._loss(prompts, rows[cut]) * (len(part) / len(rows))
                 loss.backward()
                 total += float(loss.detach())
         return total
@@ -134,6 +139,19 @@ class Cloner:
         labels_BN = self._labels_nN[rows].to(self.device)
         logits_BNV = self.model(prompts.to(self.device), labels_BN).logits_BNV
         return self.objective(logits_BNV, labels_BN - self.model.config.action_begin)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Matrix products in bfloat16 where that was asked for; weights, norms and the loss stay float32."""
+        if not self.autocast:
+            yield
+            return
+        with torch.autocast(self.device.type, torch.bfloat16):
+            if self.device.type != "cpu":
+                yield
+                return
+            with sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention is slow backwards in bfloat16
+                yield
 
     def _prepared(self, row: int) -> Prepared:
         state = self._state_nS[row] if self._state_nS.shape[1] else None

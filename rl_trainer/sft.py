@@ -91,7 +91,9 @@ class SftConfig:
     seed: int = 0
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the model; masters are float32 always"""
+    """of the weights in the model; masters are float32 always"""
+    autocast: bool = False
+    """matrix products of the training pass in bfloat16: 1.4 times faster on a CPU with AVX512-BF16, slow on others"""
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
@@ -263,6 +265,7 @@ class Run:
             augmentation=config.augmentation,
             batch_size=config.batch_size,
             accumulate=config.accumulate,
+            autocast=config.autocast,
             seed=config.seed,
             ranks=ranks,
         )
