@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import tyro
@@ -21,13 +21,14 @@ COMMANDS: dict[type, Callable[..., int | None]] = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the command; 2 for what the user can put right."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     config = tyro.cli(
         Annotated[evaluate.EvaluateConfig, tyro.conf.subcommand("evaluate")]
         | Annotated[demo.DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[demos.DemosConfig, tyro.conf.subcommand("demos")],
+        args=arguments,
         prog="python -m sim",
         description=__doc__,
     )

@@ -20,6 +20,7 @@ from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
 from sim import assets
 from sim.job_queue import Finished
+from sim.libero_arm import arm_spec
 from sim.pool import Deadlines, Pool
 from sim.report import EpisodeRecord, Report, rate_of
 from sim.scenes import default_budget_gb
@@ -81,6 +82,7 @@ class EvaluateConfig:
     """Folder of the report; none given: runs/evaluate/<suite>-<protocol>-<sampling>-<time>."""
 
     def __post_init__(self) -> None:
+        find_suite(self.suite).states(self.protocol)
         for name in ("processes", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -117,11 +119,16 @@ def plan(config: EvaluateConfig, suite: Suite, version: int) -> list[Rollout]:
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Plans the evaluation from what the server says and carries it out."""
+    """Plans the evaluation from what the server says and carries it out.
+
+    Raises PolicyError when there is no server, SpecMismatch when its policy cannot drive the suite's arm.
+    """
+    suite = find_suite(config.suite)
     with PolicyClient(config.server, give_up_after_s=10.0) as client:
         spec = client.spec()
+    spec.require_fit(arm_spec(suite.tasks[0], suite.cameras))
     version = spec.message.live_version if config.version is None else config.version
-    return carry_out(config, spec, plan(config, find_suite(config.suite), version))
+    return carry_out(config, spec, plan(config, suite, version))
 
 
 def carry_out(config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollout]) -> Report:

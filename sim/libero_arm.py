@@ -19,6 +19,7 @@ from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limit
 from robot_client.errors import ArmError
 from sim import assets
 from sim.scene import Scene, State
+from sim.suites import Task as SuiteTask
 from sim.suites import find_task
 
 TICK_RATE_HZ = 20.0
@@ -28,6 +29,21 @@ OPEN = 1.0
 def environment_action(action_A: np.ndarray) -> np.ndarray:
     """A policy's action (7,) in the environment's words: deltas within [-1, 1], gripper -1 opens, +1 closes."""
     return np.append(np.clip(action_A[:6], -1.0, 1.0), -np.sign(2.0 * action_A[6] - 1.0))
+
+
+def arm_spec(task: SuiteTask, image_names: tuple[str, ...]) -> ArmSpec:
+    """What an arm on the task is; needs no scene, so that a misfit shows before one is built."""
+    libero = task.simulator == "libero"
+    return ArmSpec(
+        name=task.simulator,
+        action_names=ACTION_NAMES,
+        image_names=image_names,
+        state_names=STATE_NAMES,
+        tick_rate_hz=TICK_RATE_HZ,
+        lockstep=True,
+        limits=Limits(low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7),
+        asset_tree=assets.asset_tree() if libero else "robosuite's own",
+    )
 
 
 class LiberoArm:
@@ -50,17 +66,7 @@ class LiberoArm:
 
     @property
     def spec(self) -> ArmSpec:
-        libero = self._scene.task.simulator == "libero"
-        return ArmSpec(
-            name=self._scene.task.simulator,
-            action_names=ACTION_NAMES,
-            image_names=tuple(self._image_sizes),
-            state_names=STATE_NAMES,
-            tick_rate_hz=TICK_RATE_HZ,
-            lockstep=True,
-            limits=Limits(low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7),
-            asset_tree=assets.asset_tree() if libero else "robosuite's own",
-        )
+        return arm_spec(self._scene.task, tuple(self._image_sizes))
 
     def reset(self, task: Task) -> None:
         """Starts an episode from task.initial_state; when that is empty, from the first of the train split."""

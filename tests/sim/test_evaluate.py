@@ -56,7 +56,9 @@ def test_unknown_tasks_and_protocols_are_refused_by_name():
     with pytest.raises(ValueError, match=r"0\.\.2, got \[9\]"):
         plan(config(tasks=(9,)), ROBOSUITE, 0)
     with pytest.raises(ValueError, match="'paper'"):
-        plan(config(protocol="paper"), ROBOSUITE, 0)
+        config(protocol="paper")
+    with pytest.raises(ValueError, match="'libero_objects'"):
+        config(suite="libero_objects")
 
 
 def test_an_episodes_seed_depends_on_task_and_state_and_not_on_order():
