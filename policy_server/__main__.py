@@ -97,8 +97,21 @@ class CompareConfig:
     """Laid out like openvla_golden: checkpoints and what the reference made of them."""
 
 
+def compare(config: CompareConfig) -> int:
+    """Prints the table; 1 when a stage is out of its limit.  Raises CannotStart."""
+    from policy_server import compare as reference
+    from policy_server.vla.checkpoint import CheckpointError
+
+    try:
+        rows = reference.compare(config.folder)
+    except (reference.NothingToCompare, CheckpointError) as error:
+        raise CannotStart(f"cannot compare: {error}") from error
+    print(reference.report(rows))
+    return 0 if all(row.passed for row in rows) else 1
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """0 after a clean stop, 2 when nothing can run as configured."""
+    """0 after a clean stop or a good comparison, 1 after a bad one, 2 when nothing can run as configured."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     config = tyro.cli(
         Annotated[ServeConfig, tyro.conf.subcommand("serve")]
@@ -108,9 +121,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     try:
         if isinstance(config, CompareConfig):
-            from policy_server.compare import compare
-
-            return compare(config.folder)
+            return compare(config)
         serve(config)
     except CannotStart as error:
         print(f"policy_server: {error}", file=sys.stderr)

@@ -130,17 +130,21 @@ NO_CHECKPOINT = {
 def test_a_folder_that_is_no_checkpoint_is_one_sentence_and_exit_code_2(tiny_vla, tmp_path, capsys, what):
     spoil, sentence = NO_CHECKPOINT[what]
     folder = broken(tiny_vla, tmp_path, spoil=spoil)
-    one_sentence(["--model", str(folder)], sentence, capsys)
+    one_sentence(["serve", "--model", str(folder)], sentence, capsys)
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(tiny_vla, capsys):
     with serving(FakeModel()) as server:
         port = server.address.rpartition(":")[2]
-        one_sentence(["--model", str(tiny_vla), "--port", port], "is another server running there", capsys)
+        one_sentence(["serve", "--model", str(tiny_vla), "--port", port], "is another server running there", capsys)
+
+
+def test_a_folder_with_nothing_to_compare_is_one_sentence_and_exit_code_2(tmp_path, capsys):
+    one_sentence(["compare", str(tmp_path)], "found none", capsys)
 
 
 def one_sentence(args: list[str], sentence: str, capsys: pytest.CaptureFixture) -> None:
-    code = main(["serve", *args])
+    code = main(args)
     told = capsys.readouterr()
     assert code == 2 and told.out == ""
     (line,) = [line for line in told.err.splitlines() if line.startswith("policy_server: ")]
