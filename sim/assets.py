@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -83,29 +84,29 @@ def load_robosuite() -> ModuleType:
 def load_libero() -> ModuleType:
     """Import `libero.libero.envs` with our own config file and asset tree; never asks, never imports torch."""
     load_robosuite()
-    root = libero_root()
-    config = Path(tempfile.mkdtemp(prefix="vla-rl-libero-")) if "LIBERO_CONFIG_PATH" not in os.environ else None
-    if config is not None:
-        os.environ["LIBERO_CONFIG_PATH"] = str(config)
-    return _import_envs(root, Path(os.environ["LIBERO_CONFIG_PATH"]))
+    root, tree = libero_root(), assets_path()
+    os.environ.setdefault("LIBERO_CONFIG_PATH", str(_config_folder(root, tree or root / "assets")))
+    import libero.libero
+    import libero.libero.envs
+
+    if tree is not None:
+        libero.libero._assets_path_cache = str(tree)  # what get_assets_path() answers from then on
+    return libero.libero.envs
 
 
-def _import_envs(root: Path, config: Path) -> ModuleType:
-    assets = assets_path()
+def _config_folder(root: Path, tree: Path) -> Path:
+    """A folder with the config.yaml that LIBERO's import asks for; without one it would question the user."""
     paths = {
-        "assets": assets or root / "assets",
+        "assets": tree,
         "benchmark_root": root,
         "bddl_files": root / "bddl_files",
         "datasets": root.parent / "datasets",
         "init_states": root / "init_files",
     }
-    config_file = config / "config.yaml"
-    if not config_file.exists():
-        config.mkdir(parents=True, exist_ok=True)
-        config_file.write_text("".join(f"{key}: {path}\n" for key, path in paths.items()), encoding="utf-8")
-    import libero.libero
-    import libero.libero.envs
-
-    if assets is not None:
-        libero.libero._assets_path_cache = str(assets)  # what get_assets_path() returns from then on
-    return libero.libero.envs
+    text = "".join(f"{key}: {path}\n" for key, path in paths.items())
+    folder = Path(tempfile.gettempdir()) / f"vla-rl-libero-{os.getuid()}-{zlib.crc32(text.encode()):08x}"
+    folder.mkdir(exist_ok=True)
+    partial = folder / f"config.{os.getpid()}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / "config.yaml")
+    return folder

@@ -20,9 +20,7 @@ class StockEnv:
     def __init__(self, task: Task, *, size_px: int = 128) -> None:
         envs = assets.load_libero()
         bddl_file = assets.libero_root() / "bddl_files" / task.suite / f"{task.name}.bddl"
-        self.env = envs.OffScreenRenderEnv(
-            bddl_file_name=str(bddl_file), camera_heights=size_px, camera_widths=size_px
-        )
+        self.env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl_file), camera_heights=size_px, camera_widths=size_px)
         self.env.seed(0)
 
     def reset(self, state: np.ndarray) -> dict[str, np.ndarray]:
