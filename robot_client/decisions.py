@@ -18,17 +18,17 @@ from robot_client.errors import DeadlineExceeded, PolicyError, Superseded
 
 
 class Decisions:
-    """The decisions of one episode.
+    """The decisions of one episode, once it has its episode_id.
 
     deadline_s: for one try.
     give_up_after_s: with no answer for so long after a first failure, the failure is raised.
     """
 
-    def __init__(self, client: PolicyClient, episode_id: str, *, deadline_s: float, give_up_after_s: float):
+    def __init__(self, client: PolicyClient, *, deadline_s: float, give_up_after_s: float):
+        self.episode_id = ""
         self.answer_s: list[float] = []
         self.trouble = ""
         self._client = client
-        self._episode_id = episode_id
         self._deadline_s = deadline_s
         self._give_up_after_s = give_up_after_s
         self._backoff = BackOff()
@@ -119,7 +119,7 @@ class Decisions:
         assert self._observation is not None
         self._expires_s = time.monotonic() + self._deadline_s
         self._pending = self._client.ask(
-            self._episode_id,
+            self.episode_id,
             self.answered,
             self._observation,
             self._unreported[: self._carried],

@@ -50,8 +50,9 @@ def run_real_time(
 ) -> Iterator[EpisodeResult]:
     """One arm at its tick rate.  Neither the network nor a late answer delays a tick: the arm holds instead."""
     for rollout in rollouts:
-        episode = Episode(arm, rollout, client, config or EpisodeConfig(), observers(rollout))
+        episode = Episode(arm, rollout, client, client.spec(), config or EpisodeConfig(), observers(rollout))
         try:
+            episode.start()
             cadence = Cadence(arm.spec.tick_rate_hz)
             while not episode.over:
                 cadence.wait()
@@ -80,14 +81,16 @@ def run_lockstep(
     try:
         while True:
             while idle and (rollout := next(rollouts, None)) is not None:
-                episode = Episode(idle[-1], rollout, client, config or EpisodeConfig(), observers(rollout))
+                arm = idle.pop()
+                episode = Episode(arm, rollout, client, client.spec(), config or EpisodeConfig(), observers(rollout))
                 running.append(episode)
-                idle.pop()
+                episode.start()
                 advance(episode)
             if not running:
                 return
             for episode in running:
-                advance(episode)
+                if episode.has_news:
+                    advance(episode)
             over = [episode for episode in running if episode.over]
             for episode in over:
                 running.remove(episode)

@@ -1,6 +1,6 @@
 """One episode of one arm: look, decide, move, tick by tick.
 
-    tick()   one tick; never blocks: without an answer the arm holds (real time)
+    tick()   one tick of real time; never blocks: without an answer the arm holds
     look()   reads the arm, takes in an answer, asks for the next one
     move()   executes one tick
 
@@ -20,12 +20,13 @@ from protos import episode_pb2
 from robot_client.answer import Answer
 from robot_client.arm import Arm, ArmState, Observation, Outcome
 from robot_client.chunks import Chunks
-from robot_client.client import PolicyClient
+from robot_client.client import Opened, PolicyClient
 from robot_client.decisions import Decisions
 from robot_client.errors import ArmError, PolicyError, SpecMismatch
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from robot_client.safety import SafetyGate
+from robot_client.spec import PolicySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,9 @@ class Ending:
 
 
 class Episode:
-    """Resets the arm and opens the episode at the server; then it is driven by look() and move(), and closed by end().
+    """start() resets the arm and opens the episode, look() and move() drive it, end() closes it at the server.
 
-    Raises SpecMismatch, before anything moves, when the policy cannot drive the arm, and the PolicyError of a server
-    that does not say what its policy is.
+    Raises SpecMismatch when the policy cannot drive the arm, or not in the configured way.
     """
 
     def __init__(
@@ -72,20 +72,21 @@ class Episode:
         arm: Arm,
         rollout: Rollout,
         client: PolicyClient,
+        spec: PolicySpec,
         config: EpisodeConfig,
         observers: Sequence[Observer] = (),
     ):
+        spec.require_fit(arm.spec)
         self.arm = arm
         self.rollout = rollout
         self.ending: Ending | None = None
+        self._opened = Opened(episode_id="", version=0, seed=0)
         self._client = client
         self._observers = observers
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
         self._started_s = time.monotonic()
         self._ticks = self._holds = self._clips = self._asked_tick = 0
-        spec = client.spec()
-        spec.require_fit(arm.spec)
         self._image_names = spec.image_names
         self._state_indices = [arm.spec.state_names.index(name) for name in spec.state_names]
         try:
@@ -101,20 +102,11 @@ class Episode:
             max_age_s=0 if self._lockstep else config.max_age_s,
             frozen_after=0 if self._lockstep else config.frozen_after,
         )
-        self.episode_id, self.version, self.seed = "", 0, 0
-        with self._ending_on_error():
-            arm.reset(rollout.task)
-            opened = client.start_episode(rollout, arm.spec)
-            self.episode_id, self.version, self.seed = opened.episode_id, opened.version, opened.seed
         self._decisions = Decisions(
             client,
-            self.episode_id,
             deadline_s=client.deadline_s if self._lockstep else min(client.deadline_s, config.max_age_s),
             give_up_after_s=client.give_up_after_s,
         )
-        if not self.over:
-            for observer in observers:
-                observer.on_start(rollout, self.episode_id)
 
     @property
     def over(self) -> bool:
@@ -135,7 +127,22 @@ class Episode:
         """On time.monotonic(): when to look again even if no answer comes."""
         return self._decisions.wake_at_s
 
+    @property
+    def has_news(self) -> bool:
+        """True when it is worth looking again: an answer is in, has come too late, or may be asked for again."""
+        return (self.pending is not None and self.pending.done()) or time.monotonic() >= self.wake_at_s
+
+    def start(self) -> None:
+        """Resets the arm, then opens the episode at the server."""
+        with self._ending_on_error():
+            self.arm.reset(self.rollout.task)
+            self._opened = self._client.start_episode(self.rollout, self.arm.spec)
+            self._decisions.episode_id = self._opened.episode_id
+            for observer in self._observers:
+                observer.on_start(self.rollout, self._opened.episode_id)
+
     def tick(self) -> None:
+        """One tick of real time; never blocks."""
         self.look()
         if not self.over:
             self.move()
@@ -188,7 +195,7 @@ class Episode:
             if self.ending.outcome != "error":
                 self._decisions.settle()
                 final = self._for_the_policy(self.arm.observe())
-        if self.episode_id:
+        if self._opened.episode_id:
             with self._ending_on_error():
                 self._close(self.ending, final)
         result = EpisodeResult(
@@ -199,9 +206,9 @@ class Episode:
             decisions=self._decisions.answered,
             holds=self._holds,
             clips=self._clips,
-            episode_id=self.episode_id,
-            version=self.version,
-            seed=self.seed,
+            episode_id=self._opened.episode_id,
+            version=self._opened.version,
+            seed=self._opened.seed,
             wall_s=time.monotonic() - self._started_s,
             answer_s=tuple(self._decisions.answer_s),
             message=self.ending.message,
@@ -265,7 +272,7 @@ class Episode:
         failed = ending.outcome == "error"
         with contextlib.suppress(*((PolicyError,) if failed else ())):
             self._client.end_episode(
-                self.episode_id,
+                self._opened.episode_id,
                 ending.outcome,
                 terminal=ending.terminal,
                 executed=self._decisions.unreported,

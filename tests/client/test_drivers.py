@@ -184,7 +184,7 @@ def test_arms_step_while_others_wait_for_the_network(client, policy):
 
     arms = [FakeArm(tick_s=0.025) for _ in range(2)]  # a chunk of four takes as long as an answer
     list(run_lockstep(arms, [rollout_of(max_ticks=16)] * 2, client, observers=lambda rollout: [Watcher()]))
-    assert len(others_in_flight) == 32 and sum(others_in_flight) > 16
+    assert len(others_in_flight) == 32 and sum(others_in_flight) >= 8  # one at a time it would be none
 
 
 def test_a_policy_that_does_not_fit_is_refused_before_anything_moves(client, policy):

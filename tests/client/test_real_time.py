@@ -249,7 +249,8 @@ def test_every_tick_reaches_the_server_once_however_bad_the_network(client, poli
 
 def test_a_tick_never_waits_for_the_network(client, policy):
     policy.delay_s = 1.0
-    episode = Episode(real_arm(), rollout_of(max_ticks=20), client, EpisodeConfig())
+    episode = Episode(real_arm(), rollout_of(max_ticks=20), client, client.spec(), EpisodeConfig())
+    episode.start()
     began = time.monotonic()
     for _ in range(20):
         episode.tick()
