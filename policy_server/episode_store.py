@@ -55,7 +55,8 @@ class EpisodeStore:
             self._open.mkdir(parents=True, exist_ok=True)
             self._claim = os.open(self._open, os.O_RDONLY)  # held until close(), or until this process is gone
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._stored = _scan(folder)
+            self._stored = {stored.episode_id: stored for stored in _scan(folder)}
+            self._last = max((stored.sequence for stored in self._stored.values()), default=0)
             self._recover()
         except BlockingIOError as error:
             raise CannotStart(f"the episode folder {str(folder)!r} is in use by another server") from error
@@ -88,26 +89,29 @@ class EpisodeStore:
     def find(self, episode_id: str) -> int | None:
         """The sequence number of a whole episode."""
         with self._lock:
-            return next((stored.sequence for stored in reversed(self._stored) if stored.episode_id == episode_id), None)
+            stored = self._stored.get(episode_id)
+        return stored.sequence if stored is not None else None
 
     def close(self) -> None:
         """Lets another server use the folder."""
         os.close(self._claim)
 
     def _number(self, whole: Path) -> int:
-        sequence = self._stored[-1].sequence + 1 if self._stored else 1
+        sequence = self._last + 1
         episode_id = whole.name.removesuffix(SUFFIX)
         path = self._folder / f"{sequence:08d}-{episode_id}{SUFFIX}"
         os.replace(whole, path)
         _sync(self._folder)
-        self._stored.append(Stored(sequence=sequence, episode_id=episode_id, path=path, bytes=path.stat().st_size))
+        size = path.stat().st_size
+        self._stored[episode_id] = Stored(sequence=sequence, episode_id=episode_id, path=path, bytes=size)
+        self._last = sequence
         return sequence
 
     def _forget_oldest(self) -> None:
         # The newest stays whatever its size: its name carries the sequence number across a restart.
-        total = sum(stored.bytes for stored in self._stored)
+        total = sum(stored.bytes for stored in self._stored.values())
         while self._keep_bytes is not None and total > self._keep_bytes and len(self._stored) > 1:
-            oldest = self._stored.pop(0)
+            oldest = self._stored.pop(next(iter(self._stored)))
             oldest.path.unlink(missing_ok=True)
             total -= oldest.bytes
 

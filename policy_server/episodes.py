@@ -141,14 +141,16 @@ class Episodes:
     def idle(self, limit_s: float) -> list[Episode]:
         """The open episodes that were silent for longer than limit_s."""
         since_s = time.monotonic() - limit_s
-        return [e for e in self.open if not e.flights and e.touched_s < since_s]
+        return [e for e in self.open if e.closing is None and not e.flights and e.touched_s < since_s]
 
     @property
     def open(self) -> list[Episode]:
-        return [episode for episode in self._open.values() if episode.closing is None]
+        """All that are not closed yet."""
+        return list(self._open.values())
 
     async def close(self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: Iterable[episode_pb2.Tick]) -> int:
         """Ends an episode and gives its sequence number.  Raises EpisodeLost when the disk refuses."""
+        self.closed(episode.start.episode_id)  # raises when a decision that was under way lost it
         sequence = 0
         try:
             episode.executed(ticks)
@@ -164,6 +166,7 @@ class Episodes:
         log.error("episode %s is lost: its file takes no more records: %s", episode.start.episode_id, error.strerror)
         if episode.writer is not None:
             episode.writer.discard()
+            episode.writer = None
         lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
         self._forget(episode, lost)
         return lost

@@ -33,7 +33,7 @@ OPTIONS = [
     # Two servers on one port would share its robots between them.
     ("grpc.so_reuseport", 0),
     # Robots ping every 10 s while a stream is quiet; the default takes that for an attack.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 

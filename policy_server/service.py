@@ -29,7 +29,7 @@ from protos.codec import encode_tensor
 log = logging.getLogger(__name__)
 
 REFUSAL_KEY = "vla-rl-refusal-bin"
-STREAM_DEPTH = 8
+STREAM_DEPTH = 256
 """Requests of one stream that may be under way; the rest waits in the client's flow control."""
 RETRY_SOON_MS = 500
 
@@ -96,7 +96,6 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             task.cancel()
         for episode in self._episodes.open:
             await asyncio.gather(*(flight.task for flight in episode.flights.values()), return_exceptions=True)
-        for episode in self._episodes.open:
             await self._close(episode, error="the server stopped")
 
     async def expire(self, idle_s: float) -> None:
@@ -255,13 +254,15 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     def _begin_close(
         self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: list[episode_pb2.Tick]
     ) -> asyncio.Task[int]:
+        """Closes an episode, once: a closing under way goes on."""
+
         async def close() -> int:
             for flight in list(episode.flights.values()):
                 self._batcher.withdraw(flight.ticket, Superseded("superseded by the end of the episode"))
                 await asyncio.wait({flight.task})  # one that is in the model is still recorded
             return await self._episodes.close(episode, end, ticks)
 
-        episode.closing = asyncio.create_task(close())
+        episode.closing = episode.closing or asyncio.create_task(close())
         return episode.closing
 
     async def _close(self, episode: Episode, *, error: str) -> None:
