@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from protos import policy_pb2
 from sim.__main__ import main
-from tests.sim.scripted_policy import ScriptedPolicy, served
-
-
-class WantsAnotherCamera(ScriptedPolicy):
-    def GetSpec(self, request, context):
-        spec = super().GetSpec(request, context)
-        spec.images.append(policy_pb2.ImageSpec(name="left_shoulder", height=32, width=32))
-        return spec
+from tests.server.running import serving
+from tests.sim.wandering_model import WanderingModel
 
 
 def test_a_policy_that_does_not_fit_is_refused_before_anything_is_built(capsys):
-    with served(WantsAnotherCamera()) as address:
-        assert main(["evaluate", "--server", address, "--suite", "robosuite"]) == 2
-    (line, *more) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and "left_shoulder" in " ".join(more)
+    model = WanderingModel()
+    model.spec.images.append(policy_pb2.ImageSpec(name="left_shoulder", height=32, width=32))
+    with serving(model) as server:
+        assert main(["evaluate", "--server", server.address, "--suite", "robosuite"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "left_shoulder" in message
 
 
 def test_an_unknown_task_is_refused_before_anything_is_built(capsys):
-    with served(ScriptedPolicy()) as address:
-        assert main(["evaluate", "--server", address, "--suite", "robosuite", "--tasks", "7"]) == 2
+    with serving(WanderingModel()) as server:
+        assert main(["evaluate", "--server", server.address, "--suite", "robosuite", "--tasks", "7"]) == 2
     assert "must be in 0..2, got [7]" in capsys.readouterr().err
