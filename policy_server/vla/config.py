@@ -117,6 +117,10 @@ LLAMA_FIXED = {
 }
 
 
+# Keys of config.json that follow from the others.
+DERIVED = ("model_type", "arch_specifier", "image_sizes", "use_fused_vision_backbone")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VLAConfig:
     """The whole model."""
@@ -245,7 +249,7 @@ class VLAConfig:
         if values.get("arch_specifier") != expected:
             raise ConfigError(f"arch_specifier must be {expected!r} here, got {values.get('arch_specifier')!r}")
         own = {f.name for f in fields(cls)} - {"towers", "tower_names", "llm", "other"}
-        derived = {"model_type", "arch_specifier", "timm_model_ids", "vision_towers", "text_config"}
+        derived = {*DERIVED, "timm_model_ids", "vision_towers", "text_config"}
         chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in own}
         chosen.setdefault("norm_stats", {})
         other = {key: value for key, value in values.items() if key not in own | derived}
@@ -266,7 +270,7 @@ class VLAConfig:
             "timm_model_ids": list(self.tower_names),
             "image_sizes": [self.image_size] * len(self.towers),
             "use_fused_vision_backbone": len(self.towers) == 2,
-            "text_config": {"model_type": "llama", **llm},
+            "text_config": {"model_type": "llama", "pad_token_id": self.pad_token_id, **llm},
             **own,
         }
         if any(name not in TOWERS for name in self.tower_names):

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from policy_server.vla.model import VLA, Layout, Prompts, collate
 from policy_server.vla.preprocessing import Prepared
+from policy_server.vla.sampling import Sampler, uniform_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,11 @@ def decode(vla: VLA, inputs: Sequence[DecodeInput], shape: PassShape | None = No
     clock = _Clock(vla.device)
     batch = _padded(inputs, shape)
     prompts = collate([one.prepared for one in batch], prompt_length=shape and shape.prompt_length).to(vla.device)
-    sampler = _Sampler(batch, tokens=vla.config.action_tokens, device=vla.device)
+    sampler = Sampler(
+        [one.temperature for one in batch],
+        np.stack([uniform_numbers(one.seed, one.decision, vla.config.action_tokens) for one in batch]),
+        device=vla.device,
+    )
     context_BCD = vla.context(prompts)
     vision_s = clock.lap_s()
     writer = _Writer(vla, prompts)
@@ -133,36 +138,3 @@ class _Clock:
         self._synchronise()
         before_s, self._since_s = self._since_s, time.perf_counter()
         return self._since_s - before_s
-
-
-class _Sampler:
-    """Chooses columns of the action logits: the largest, or where the cumulative probability passes a uniform number."""
-
-    def __init__(self, batch: Sequence[DecodeInput], *, tokens: int, device: torch.device):
-        temperature = torch.tensor([one.temperature for one in batch], dtype=torch.float32)
-        self._any_sampled = bool((temperature > 0).any())
-        self._sampled_B = (temperature > 0).to(device)
-        self._temperature_B1 = torch.where(temperature > 0, temperature, 1.0)[:, None].to(device)
-        uniform = np.stack([uniform_numbers(one.seed, one.decision, tokens) for one in batch])
-        self._uniform_BN = torch.from_numpy(uniform).to(device)
-
-    def choose(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
-        """int64 (B,)."""
-        greedy_B = logits_BV.argmax(-1)
-        if not self._any_sampled:
-            return greedy_B
-        cumulative_BV = (logits_BV / self._temperature_B1).double().softmax(-1).cumsum(-1)
-        target_B1 = self._uniform_BN[:, step, None] * cumulative_BV[:, -1:]
-        sampled_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-        return torch.where(self._sampled_B, sampled_B, greedy_B)
-
-    def logprobs(self, logits_BNV: torch.Tensor, columns_BN: torch.Tensor) -> torch.Tensor:
-        """float32 (B, N)."""
-        logprobs = torch.log_softmax(logits_BNV / self._temperature_B1[:, :, None], -1)
-        return logprobs.gather(-1, columns_BN[..., None])[..., 0]
-
-
-def uniform_numbers(seed: int, decision: int, count: int) -> np.ndarray:
-    """float64 (count,) in [0, 1): a counter-based stream of its own for each (seed, decision)."""
-    key = np.array([seed, decision], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)

@@ -28,21 +28,25 @@ class Policy:
         checkpoint: Checkpoint,
         *,
         unnorm_key: str | None = None,
-        shape: PassShape | None = None,
+        deterministic_batch: int | None = None,
         max_prompt_tokens: int | None = None,
     ):
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
         self.action_tokens = ActionTokens(self.config, unnorm_key)
-        self.shape = shape
+        self.shape: PassShape | None = None
+        """Of every pass, when deterministic."""
+        if deterministic_batch is not None:
+            max_prompt_tokens = min(max_prompt_tokens or DETERMINISTIC_PROMPT_TOKENS, self.config.max_prompt_tokens)
+            self.shape = PassShape(batch=deterministic_batch, prompt_length=max_prompt_tokens)
         self.preprocessor = Preprocessor(
             self.config,
             self.tokenizer,
             unnorm_key=unnorm_key,
-            max_prompt_tokens=shape.prompt_length if shape else max_prompt_tokens,
+            max_prompt_tokens=max_prompt_tokens,
         )
         self.fingerprint = fingerprint(self.model)
         self.model.language_model.fuse()
-        if shape is not None and self.model.device.type == "cpu":
+        if self.shape is not None and self.model.device.type == "cpu":
             # Shared between threads, a matrix product rounds a row by where it stands in the batch.
             torch.set_num_threads(1)
 
@@ -70,11 +74,12 @@ class Policy:
             merge_lora(checkpoint.model)
         if image_path is not None:
             checkpoint.model.config = replace(checkpoint.config, image_path=image_path)
-        shape = None
-        if deterministic_batch is not None:
-            longest = min(max_prompt_tokens or DETERMINISTIC_PROMPT_TOKENS, checkpoint.config.max_prompt_tokens)
-            shape = PassShape(batch=deterministic_batch, prompt_length=longest)
-        return cls(checkpoint, unnorm_key=unnorm_key, shape=shape, max_prompt_tokens=max_prompt_tokens)
+        return cls(
+            checkpoint,
+            unnorm_key=unnorm_key,
+            deterministic_batch=deterministic_batch,
+            max_prompt_tokens=max_prompt_tokens,
+        )
 
     @property
     def config(self) -> VLAConfig:
