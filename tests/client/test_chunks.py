@@ -96,6 +96,21 @@ def test_a_chunk_that_was_held_is_not_taken_up_again():
     assert chunks.since_decision == (0, 2)
 
 
+def test_a_hold_counts_the_ticks_since_its_decision_was_first_asked_for():
+    chunks = Chunks(chunk_length=4)
+    places = []
+    for decision in range(2):
+        for retry in range(3):  # two ticks of holding for each try
+            chunks.looked(100 * decision + retry)
+            for _ in range(2):
+                places.append(chunks.since_decision)
+                chunks.held()
+        chunks.adopt(answer(decision, 100 * decision + 2))
+        follow(chunks, 4)
+    places.append(chunks.since_decision)
+    assert places == [*[(0, n) for n in range(6)], *[(0, n) for n in range(10, 16)], (1, 10)]
+
+
 def test_a_retry_may_answer_the_older_observation_and_is_entered_accordingly():
     chunks = Chunks(chunk_length=4, ahead_ticks=3)
     chunks.looked(100)
