@@ -113,7 +113,7 @@ def test_a_newer_observation_supersedes_a_queued_one():
         in_model = server.policy.Act.future(messages.act(other, 0))
         eventually(lambda: server.model.batches)
         older = server.policy.Act.future(messages.act(episode_id, 0, grey=1))
-        time.sleep(0.1)
+        eventually(lambda: server.server.waiting == 1)
         newer = server.policy.Act.future(messages.act(episode_id, 0, grey=2))
         with pytest.raises(grpc.RpcError) as error:
             older.result(5)
@@ -144,13 +144,13 @@ def test_a_request_that_nobody_waits_for_never_reaches_the_model(how):
         blocker, gone, last = (server.policy.StartEpisode(messages.start()).episode_id for _ in range(3))
         in_model = server.policy.Act.future(messages.act(blocker, 0, grey=1))
         eventually(lambda: server.model.batches)
-        call = server.policy.Act.future(messages.act(gone, 0, grey=2), timeout=0.2 if how == "expired" else None)
-        time.sleep(0.1)
+        call = server.policy.Act.future(messages.act(gone, 0, grey=2), timeout=0.5 if how == "expired" else None)
+        eventually(lambda: server.server.waiting == 1)
         if how == "cancelled":
             call.cancel()
         else:
             assert call.exception(5).code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        time.sleep(0.1)
+        eventually(lambda: server.server.waiting == 0)
         server.model.gate.set()
         in_model.result(5)
         server.policy.Act(messages.act(last, 0, grey=3))
@@ -166,7 +166,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry():
         in_model = server.policy.Act.future(messages.act(episodes[0], 0))
         eventually(lambda: server.model.batches)
         queued = [server.policy.Act.future(messages.act(episode_id, 0)) for episode_id in episodes[1:3]]
-        time.sleep(0.1)
+        eventually(lambda: server.server.waiting == 2)
         began = time.monotonic()
         with pytest.raises(grpc.RpcError) as error:
             server.policy.Act(messages.act(episodes[3], 0))
@@ -179,7 +179,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry():
 
 
 def test_concurrent_requests_share_one_pass():
-    with serving(FakeModel(), max_batch=4, max_wait_ms=500) as server:
+    with serving(FakeModel(), max_batch=4, max_wait_ms=1000) as server:
         episodes = [server.policy.StartEpisode(messages.start()).episode_id for _ in range(4)]
         calls = [server.policy.Act.future(messages.act(e, 0, grey=i)) for i, e in enumerate(episodes)]
         replies = [call.result(5) for call in calls]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 
 from policy_server.episode_store import EpisodeStore
-from protos import episode_pb2
+from protos import episode_pb2, policy_pb2_grpc
 from protos.codec import encode_image
 from protos.episode_file import Episode, EpisodeWriter, read_episode
 from tests.server import messages
 from tests.server.fake_model import SIDE_PX, FakeModel
-from tests.server.running import serving
+from tests.server.running import eventually, serving
 
 
 @pytest.fixture
@@ -107,15 +109,19 @@ def test_retries_and_refusals_leave_no_trace(server, tmp_path):
 
 
 def test_a_silent_episode_is_closed_as_an_error(tmp_path):
-    with serving(FakeModel(), episodes=tmp_path, episode_idle_s=0.2) as server:
+    with serving(FakeModel(), episodes=tmp_path, episode_idle_s=1.0) as server:
         silent, busy = (server.policy.StartEpisode(messages.start()).episode_id for _ in range(2))
-        for decision in range(12):
-            server.policy.Act(messages.act(busy, decision))
-            time.sleep(0.05)
+        decisions = itertools.count()
+
+        def closed() -> list[Episode]:
+            server.policy.Act(messages.act(busy, next(decisions)))
+            return whole(tmp_path)
+
+        eventually(closed)
         (episode,) = whole(tmp_path)
         assert episode.start.episode_id == silent
         assert episode.end.outcome == episode_pb2.OUTCOME_ERROR
-        assert "nothing was heard of it for 0.2 s" in episode.end.message
+        assert "nothing was heard of it for 1 s" in episode.end.message
 
 
 def test_a_server_that_stops_closes_its_open_episodes_as_errors(tmp_path):
@@ -163,3 +169,40 @@ def test_an_episode_that_the_disk_took_no_more_of_is_never_acknowledged(tmp_path
             assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
             assert "is lost: No space left on device" in error.value.details()
     assert whole(tmp_path) == []
+
+
+SERVER_THAT_WILL_BE_KILLED = """
+import sys, threading
+from pathlib import Path
+from tests.server.fake_model import FakeModel
+from tests.server.running import serving
+with serving(FakeModel(), episodes=Path(sys.argv[1])) as server:
+    print(server.address, flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path, caplog):
+    line = [sys.executable, "-c", SERVER_THAT_WILL_BE_KILLED, str(tmp_path)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        with grpc.insecure_channel(process.stdout.readline().strip()) as channel:
+            policy = policy_pb2_grpc.PolicyStub(channel)
+            ended, unfinished = (policy.StartEpisode(messages.start()).episode_id for _ in range(2))
+            for episode_id in (ended, unfinished):
+                policy.Act(messages.act(episode_id, 0))
+            sequence = policy.EndEpisode(messages.end(ended)).sequence
+            process.kill()
+            process.wait(10)
+    finally:
+        process.kill()
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        assert server.policy.EndEpisode(messages.end(ended)).sequence == sequence
+        with pytest.raises(grpc.RpcError) as error:
+            server.policy.Act(messages.act(unfinished, 1))
+        assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        following = server.policy.StartEpisode(messages.start()).episode_id
+        assert server.policy.EndEpisode(messages.end(following)).sequence > sequence
+    assert [episode.start.episode_id for episode in whole(tmp_path)] == [ended, following]
+    assert f"{unfinished}.episode.partial" in caplog.text
