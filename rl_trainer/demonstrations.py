@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,6 @@ class Demonstration:
 
     name: str
     """unique: the episode id, or file and demo of an HDF5 source"""
-    task: str
     instruction: str
     frames_DHW3: np.ndarray
     """uint8 RGB, upright"""
@@ -117,7 +116,7 @@ class Source:
                     yield demonstration_from_hdf5(
                         data, demo, path.stem, self.camera, stride=self.hdf5_stride, drop_no_ops=self.drop_no_ops
                     )
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise BadDemonstration(f"not in LIBERO's HDF5 layout: {error}") from error
 
 
@@ -148,7 +147,6 @@ def demonstration_from_episode(episode: Episode, camera: str) -> Demonstration:
     has_state = kept[0][0].HasField("state")
     return Demonstration(
         name=episode.start.episode_id,
-        task=episode.start.task,
         instruction=kept[0][0].instruction,
         frames_DHW3=np.stack([codec.decode_image(observation.images[camera], camera) for observation, _ in kept]),
         state_DS=np.stack(
@@ -185,13 +183,13 @@ def demonstration_from_hdf5(
     decisions = keep[::stride]
     actions_TA = actions_TA[keep]
     actions_TA[:, -1] = (1 - np.clip(actions_TA[:, -1], -1, 1)) / 2
+    frames: Any = observations[HDF5_IMAGES[camera]]
     state_TS = np.concatenate([np.asarray(observations[name], np.float32) for name in HDF5_STATE], axis=1)
     return Demonstration(
         name=f"{file}/{demo}",
-        task=file,
         instruction="".join(problem["language_instruction"]),  # a string, or a list of its letters
         # Rotated by 180 degrees, as every policy trained on these files sees them.
-        frames_DHW3=np.stack([observations[HDF5_IMAGES[camera]][tick][::-1, ::-1] for tick in decisions]),
+        frames_DHW3=np.stack([frames[tick][::-1, ::-1] for tick in decisions]),
         state_DS=state_TS[decisions],
         tick_D=np.arange(len(decisions)) * stride,
         actions_TA=actions_TA,
@@ -208,8 +206,10 @@ def no_ops(actions_TA: np.ndarray) -> np.ndarray:
 
 
 def _group(parent: h5py.Group, name: str) -> h5py.Group:
+    import h5py
+
     group = parent[name]
-    if not hasattr(group, "keys"):
+    if not isinstance(group, h5py.Group):
         raise KeyError(f"{name} must be a group")
     return group
 

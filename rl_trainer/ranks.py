@@ -12,12 +12,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import distributed
+
+# How long a rank waits for the others: rank 0 writes checkpoints meanwhile.
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,4 +92,6 @@ def _other_rank(rank: int, size: int, meeting: Path, work: Callable[..., Any], a
 
 def _join(rank: int, size: int, meeting: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE
+    )

@@ -33,8 +33,6 @@ class RunState:
 
     @classmethod
     def load(cls, path: Path) -> tuple[RunState, dict[str, torch.Tensor]]:
-        """The state and the optimiser's tensors.  Raises FileNotFoundError when there is none."""
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: there is no run to resume")
+        """The state and the optimiser's tensors."""
         with safe_open(path, "pt") as file:
             return cls(**json.loads(file.metadata()["run"])), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -107,18 +107,10 @@ class SftConfig:
             )
 
 
-# What may differ between a run and its continuation.
-FREE_ON_RESUME = (
-    "minutes",
-    "steps",
-    "ranks",
-    "threads",
-    "accumulate",
-    "checkpoint_minutes",
-    "log_seconds",
-    "resume",
-    "out",
-)
+STATE = "state.safetensors"
+# What may differ between a run and its continuation; the data is known by its fingerprint, not by its place.
+BUDGET = ("minutes", "steps", "checkpoint_minutes", "log_seconds")
+PLACE = ("data", "out", "resume", "ranks", "threads", "accumulate", "device")
 
 
 def sft(config: SftConfig) -> None:
@@ -136,15 +128,17 @@ def sft(config: SftConfig) -> None:
 
 def _claim(config: SftConfig) -> None:
     """Makes the folder this run's own, or checks that it is the run to resume."""
-    record = config.out / "sft.json"
+    record, state = config.out / "sft.json", config.out / STATE
     wanted = json.loads(json.dumps(asdict(config), default=str))
-    if config.resume:
-        before = json.loads(record.read_text()) if record.exists() else {}
-        changed = [name for name in wanted if name not in FREE_ON_RESUME and before.get(name) != wanted[name]]
+    if config.resume and state.exists():
+        before = json.loads(record.read_text())
+        changed = [name for name in before if name not in BUDGET + PLACE and before[name] != wanted.get(name)]
         if changed:
-            differences = "; ".join(f"{name} was {before.get(name)!r}, got {wanted[name]!r}" for name in changed)
+            differences = "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
             raise ValueError(f"{config.out} holds another run: {differences}")
-    elif record.exists():
+    elif config.resume:
+        raise FileNotFoundError(f"{state}: there is no run to resume")
+    elif state.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(wanted, indent=1))
@@ -252,7 +246,7 @@ class Run:
         )
         self.state = RunState(data=samples.fingerprint)
         if config.resume:
-            self.state, tensors = RunState.load(config.out / "state.safetensors")
+            self.state, tensors = RunState.load(config.out / STATE)
             if self.state.data != samples.fingerprint:
                 raise ValueError(f"{config.out} was trained on other demonstrations than these; they must be the same")
             self.optimizer.load(tensors)
@@ -332,7 +326,7 @@ class Run:
                     self.state = replace(self.state, best_loss=measured["validation/loss"])
                     self._save("best")
         if self._curve:
-            self.state.save(self.config.out / "state.safetensors", self.optimizer.state())
+            self.state.save(self.config.out / STATE, self.optimizer.state())
             self._curve.add(self.state.step, **measured)
             self._curve.plot(self.config.out / "curve.png", _panels(self.model.config.action_dim))
             print(
