@@ -16,6 +16,7 @@ from sim.expert_view import Extent, View
 
 REACH_M = 0.05  # what a full action asks of the controller in one tick (OSC_POSE's output_max)
 OPEN, CLOSED = 1.0, 0.0
+THINNEST_M = 0.002  # fingers closer than this hold nothing
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -140,11 +141,11 @@ class PickPlace:
     def _take(self, view: View, extent: Extent, pinched: bool) -> Aim:
         eef, point = view.eef, self.grasp.point(extent)
         distance, height = np.hypot(*(point - eef)[:2]), abs(eef[2] - point[2])
+        missed = view.closed > 0.9 and view.gap < THINNEST_M
+        if missed or (view.opening and not pinched and height < 0.03):
+            return Aim(eef, OPEN)
         closing = view.closed > 0.05
         if distance < (2.5 if closing else 1.0) * self.near_m and height < (0.025 if closing else 0.01):
-            missed = closing and not pinched and view.gap < 0.01
-            if missed:
-                return Aim(eef + 0.05 * UP, OPEN)
             return Aim(eef if closing else point, CLOSED)
         hover = extent.high[2] + self.hover_m - point[2]
         return Aim(_approach(eef, point, hover=hover, near=self.near_m), OPEN)

@@ -32,7 +32,7 @@ LIBERO_OBJECT: dict[str, Recipe] = {
 }
 
 # Bowls are taken by the rim on the side of +y.
-BOWL = Grasp(offset_m=(0.0, 0.049), above_bottom_m=0.036)
+BOWL = Grasp(offset_m=(0.0, 0.049), above_bottom_m=0.028)
 BLACK_BOWL = "akita_black_bowl_1_main"
 PLATE = Place(target="plate_1_main", carry_m=0.05, release_m=0.005, radius_m=0.02)
 CABINET_TOP = Place(target="wooden_cabinet_1_top_side", carry_m=0.05, release_m=0.01, radius_m=0.03)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mujoco
 import numpy as np
 
+FINGER_LAG_M = 0.005
 _BOX_CORNERS = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 _FINGERS = ("gripper0_finger_joint1", "gripper0_finger_joint2")
 _ACTUATOR = "gripper0_gripper_finger_joint1"
@@ -50,6 +51,12 @@ class View:
     def gap(self) -> float:
         """Distance between the fingertips, m."""
         return float(sum(abs(self._data.joint(name).qpos[0]) for name in _FINGERS))
+
+    @property
+    def opening(self) -> bool:
+        """Whether the fingers are narrower than told, and so on their way apart; they follow the command with a lag."""
+        told = (1.0 - self.closed) * 2 * self._model.actuator_ctrlrange[self._actuator, 1]
+        return bool(self.gap < told - FINGER_LAG_M)
 
     def extent(self, name: str) -> Extent:
         """The box round a body's collision geoms, or round a site.  KeyError when the model has neither."""
