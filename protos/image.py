@@ -36,7 +36,7 @@ def decode_jpeg(data: bytes, *, size: tuple[int, int] | None = None) -> np.ndarr
     """uint8 (H, W, 3), decoded with the fast integer DCT, TensorFlow's default.  `size` is the expected (H, W)."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size("JPEG", (height, width), size)
+        _check_size("JPEG", (int(height), int(width)), size)
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
     except ValueError as error:
         if isinstance(error, ImageError):

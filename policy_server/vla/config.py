@@ -250,7 +250,9 @@ class VLAConfig:
             raise ConfigError(f"arch_specifier must be {expected!r} here, got {values.get('arch_specifier')!r}")
         own = {f.name for f in fields(cls)} - {"towers", "tower_names", "llm", "other"}
         derived = {*DERIVED, "timm_model_ids", "vision_towers", "text_config"}
-        chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in own}
+        chosen: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in own
+        }
         chosen.setdefault("norm_stats", {})
         other = {key: value for key, value in values.items() if key not in own | derived}
         llm = _llama(values.get("text_config") or {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,8 +38,12 @@ class Prompts:
     """float32, normalised; None for a model without state"""
 
     def to(self, device: torch.device | str) -> Prompts:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Prompts(**{name: x if x is None else x.to(device) for name, x in moved.items()})
+        return Prompts(
+            images_BHW3=self.images_BHW3.to(device),
+            input_ids_BL=self.input_ids_BL.to(device),
+            lengths_B=self.lengths_B.to(device),
+            states_BS=None if self.states_BS is None else self.states_BS.to(device),
+        )
 
 
 def collate(prepared: Sequence[Prepared], *, prompt_length: int | None = None) -> Prompts:
@@ -69,6 +73,9 @@ class Scores:
 
 class VLA(nn.Module):
     """One architecture from nano to OpenVLA-7B, with the published parameter names."""
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
 
     def __init__(self, config: VLAConfig):
         super().__init__()
@@ -183,6 +190,10 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
+# Last layers of residual branches.
+BRANCH_ENDS = ("attn.proj.weight", "mlp.fc2.weight", "o_proj.weight", "down_proj.weight")
+
+
 def _initialise(model: VLA) -> None:
     """Linear layers keep the variance of their input; residual branches are scaled down by their number."""
     for name, parameter in model.named_parameters():
@@ -190,19 +201,10 @@ def _initialise(model: VLA) -> None:
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
         elif name.endswith(("embed_tokens.weight", "pos_embed", "cls_token", "reg_token", "latent")):
             nn.init.normal_(parameter, std=0.5)
+        elif name.endswith("lm_head.weight"):
+            nn.init.normal_(parameter, std=0.02)  # every action about equally likely at first
         else:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    for tower in model.vision_backbone.towers:
-        for block in tower.blocks:
-            _scale((block.attn.proj, block.mlp.fc2), (2 * tower.config.depth) ** -0.5)
-    layers = model.language_model.model.layers
-    for layer in layers:
-        _scale((layer.self_attn.o_proj, layer.mlp.down_proj), (2 * len(layers)) ** -0.5)
-    # Every action equally likely at first.
-    nn.init.normal_(model.language_model.lm_head.weight, std=0.02)
-
-
-def _scale(linears: Sequence[nn.Linear], factor: float) -> None:
-    with torch.no_grad():
-        for linear in linears:
-            linear.weight.mul_(factor)
+            in_llm = name.startswith("language_model")
+            branches = 2 * (model.config.llm.num_hidden_layers if in_llm else model.config.towers[0].depth)
+            fan_in = parameter[0].numel() * (branches if name.endswith(BRANCH_ENDS) else 1)
+            nn.init.normal_(parameter, std=fan_in**-0.5)
