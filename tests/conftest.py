@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.server.running import RunningServer, serving
+# One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.server.running import RunningServer, serving  # noqa: E402
 
 
 @pytest.fixture(scope="session")

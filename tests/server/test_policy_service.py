@@ -187,6 +187,12 @@ def test_concurrent_requests_share_one_pass():
         assert [decode_tensor(reply.chunk.actions)[0, 0] for reply in replies] == [0, 1, 2, 3]
 
 
+def test_one_robot_alone_is_not_kept_waiting():
+    with serving(FakeModel(), max_batch=4, max_wait_ms=1000) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        assert server.policy.Act(messages.act(episode_id, 0)).chunk.timing.queue_ms < 500
+
+
 def test_a_bad_request_does_not_harm_its_neighbours():
     with serving(FakeModel(), max_batch=4, max_wait_ms=200) as server:
         good, bad = (server.policy.StartEpisode(messages.start()).episode_id for _ in range(2))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from policy_server.vla.policy import Policy
+from policy_server.vla_model import VlaModel
 from protos import episode_pb2, policy_pb2
 from protos.codec import decode_tensor, encode_image, encode_tensor
 from tests.server import messages
+from tests.server.running import serving
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,15 @@ def test_sampling_is_a_function_of_the_request_alone(live_server):
         assert tokens(again) == tokens(alone)
         logprobs = [decode_tensor(c.token_logprobs) for c in (again, alone)]
         np.testing.assert_allclose(*logprobs, atol=5e-5)
+
+
+def test_a_deterministic_server_answers_bit_for_bit_the_same_whatever_shares_the_pass(tiny_vla):
+    model = VlaModel(Policy.load(tiny_vla, deterministic_batch=4), name="tiny", max_batch=4)
+    with serving(model, max_batch=4, max_wait_ms=100) as server:
+        alone, *others = (chunk(server, 2, seed=2**64 - 1, together=together) for together in (0, 1, 3))
+    assert {other.timing.batch_size for other in others} != {1}
+    for other in others:
+        assert (other.token_ids, other.token_logprobs) == (alone.token_ids, alone.token_logprobs)
 
 
 def test_requests_that_arrive_together_share_a_pass(live_server):
