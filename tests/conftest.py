@@ -11,7 +11,7 @@ import pytest
 # One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.server.running import RunningServer, serving  # noqa: E402
+from tests.server.running import RunningServer, serving
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_sigterm_stops_a_serving_process_cleanly_and_keeps_its_episodes(tiny_vla
             assert health(channel) == SERVING
             opened = policy.StartEpisode(messages.start())
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(100) == 0
     finally:
         process.kill()
     (path,) = tmp_path.glob("*.episode")
@@ -152,7 +152,7 @@ def one_sentence(args: list[str], sentence: str, capsys: pytest.CaptureFixture) 
 
 
 def test_a_model_that_does_not_exist_ends_the_process_with_code_2_and_no_traceback():
-    done = subprocess.run(command("--model", "./nowhere"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command("--model", "./nowhere"), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stdout == ""
     assert "there is no such folder" in done.stderr and "Traceback" not in done.stderr
 
