@@ -23,11 +23,14 @@ log = logging.getLogger("policy_server")
 
 EMBEDDED = {"nano": Path(__file__).parent / "checkpoints" / "nano"}
 WRONG_USAGE = 2
+SWITCH_S = 1e-4
+"""How soon the engine's thread gets the interpreter back from the network's; it gives it up in every operation."""
 
 
 def serve(config: ServeConfig) -> None:
     """Serves until SIGTERM or SIGINT; prints one line "SERVING host:port model version N" when it does."""
     log.info("%s", config)
+    sys.setswitchinterval(SWITCH_S)
     model = load(config)
     asyncio.run(_serve(config, model))
 
