@@ -32,6 +32,7 @@ HDF5_STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_ax", "eef_ay", "eef_az", "fi
 HDF5_TICK_RATE_HZ = 20.0
 
 PURPOSES = (episode_pb2.PURPOSE_DEMONSTRATE, episode_pb2.PURPOSE_TRAIN)
+DRIVEN_BY_POLICY = (episode_pb2.SOURCE_POLICY, episode_pb2.SOURCE_BLEND, episode_pb2.SOURCE_HOLD)
 
 
 class BadDemonstration(ValueError):
@@ -53,6 +54,8 @@ class Demonstration:
     """int64: how many actions had been executed when each observation was taken"""
     actions_TA: np.ndarray
     """float32 labels, the gripper last"""
+    led_T: np.ndarray
+    """bool: the label is what was executed, noise apart; False where an expert only watched the policy drive"""
     state_names: tuple[str, ...]
     """S names, or none where the source does not say"""
     tick_rate_hz: float
@@ -140,6 +143,7 @@ def demonstration_from_episode(episode: Episode, camera: str) -> Demonstration:
     if not kept:
         raise BadDemonstration("no decision of it was executed")
     labels = [tick.expert_action or tick.action for tick in episode.ticks]
+    watched = [bool(tick.expert_action) and tick.source in DRIVEN_BY_POLICY for tick in episode.ticks]
     if len({len(label) for label in labels}) != 1:
         raise BadDemonstration(f"its actions differ in length: {sorted({len(label) for label in labels})}")
     if camera not in kept[0][0].images:
@@ -159,6 +163,7 @@ def demonstration_from_episode(episode: Episode, camera: str) -> Demonstration:
         ),
         tick_D=np.array([tick for _, tick in kept]),
         actions_TA=np.array([list(label) for label in labels], np.float32),
+        led_T=~np.array(watched),
         state_names=tuple(episode.start.state_names),
         tick_rate_hz=episode.start.tick_rate_hz,
     )
@@ -193,6 +198,7 @@ def demonstration_from_hdf5(
         state_DS=state_TS[decisions],
         tick_D=np.arange(len(decisions)) * stride,
         actions_TA=actions_TA,
+        led_T=np.ones(len(actions_TA), bool),
         state_names=HDF5_STATE_NAMES,
         tick_rate_hz=HDF5_TICK_RATE_HZ,
     )
@@ -223,3 +229,12 @@ def chunk_labels(actions_TA: np.ndarray, tick_D: np.ndarray, chunk_length: int) 
     padding_KA[:, -1] = actions_TA[-1, -1]
     padded = np.concatenate([actions_TA, padding_KA])
     return padded[np.asarray(tick_D)[:, None] + np.arange(chunk_length)]
+
+
+def led_chunks(led_T: np.ndarray, tick_D: np.ndarray, chunk_length: int) -> np.ndarray:
+    """bool (D,): decisions whose next K ticks were all led.
+
+    An expert who only watches asks for the same correction tick after tick, since nobody follows it: as a chunk that
+    would be the correction K times over.
+    """
+    return np.array([led_T[tick : tick + chunk_length].all() for tick in tick_D], bool)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_trainer.demonstrations import Demonstration, chunk_labels
+from rl_trainer.demonstrations import Demonstration, chunk_labels, led_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +70,22 @@ def collect_samples(
     digest = hashlib.sha256()
     with frames_file.open("wb") as file:
         for demonstration in demonstrations:
-            frames_DHW3 = np.stack([prepare(frame) for frame in demonstration.frames_DHW3])
+            led_D = led_chunks(demonstration.led_T, demonstration.tick_D, chunk_length)
+            if not led_D.any():
+                continue
+            frames_DHW3 = np.stack([prepare(frame) for frame in demonstration.frames_DHW3[led_D]])
             frames_DHW3.tofile(file)
-            labels_DKA = chunk_labels(demonstration.actions_TA, demonstration.tick_D, chunk_length)
+            labels_DKA = chunk_labels(demonstration.actions_TA, demonstration.tick_D[led_D], chunk_length)
+            state_DS = demonstration.state_DS[led_D]
             held = held_out(demonstration.name, validation_fraction)
             instruction = instructions.setdefault(demonstration.instruction, len(instructions))
             count = len(labels_DKA)
-            rows.append((demonstration.state_DS, labels_DKA, np.full(count, instruction), np.full(count, held)))
+            rows.append((state_DS, labels_DKA, np.full(count, instruction), np.full(count, held)))
             digest.update(f"{demonstration.name}\0{len(demonstration.actions_TA)}\0{count}\n".encode())
             kind = (frames_DHW3.shape[1:], labels_DKA.shape[2], demonstration.state_names, demonstration.tick_rate_hz)
             kinds.setdefault(kind, demonstration.name)
             if not held:
-                taught.append((demonstration.actions_TA, demonstration.state_DS))
+                taught.append((demonstration.actions_TA[demonstration.led_T], state_DS))
     if not taught:
         raise ValueError(f"no demonstration is left to train on ({len(rows)} are held out for validation)")
     if len(kinds) > 1:

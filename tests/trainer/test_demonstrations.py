@@ -8,7 +8,7 @@ import pytest
 
 from protos import episode_pb2
 from protos.episode_file import read_episode
-from rl_trainer.demonstrations import Source, chunk_labels, demonstration_from_episode, no_ops
+from rl_trainer.demonstrations import Source, chunk_labels, demonstration_from_episode, led_chunks, no_ops
 from tests.trainer import fake_demonstrations as fake
 
 
@@ -34,6 +34,11 @@ def test_past_the_end_the_arm_stands_still_and_the_gripper_stays() -> None:
     np.testing.assert_array_equal(chunk[:2], labels[8:])
     np.testing.assert_array_equal(chunk[2:, :6], 0)
     np.testing.assert_array_equal(chunk[2:, 6], labels[-1, 6])
+
+
+def test_a_chunk_in_which_the_expert_only_watched_is_no_label() -> None:
+    led = np.array([False] * 6 + [True] * 6)
+    assert led_chunks(led, np.array([0, 4, 6, 8, 11]), 4).tolist() == [False, False, True, True, True]
 
 
 def test_the_expert_is_the_label_where_it_watched_else_what_was_executed(tmp_path: Path) -> None:
