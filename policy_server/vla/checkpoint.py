@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Checkpoint:
     path: Path
     model: VLA
     tokenizer: Tokenizer
+    fingerprint: str
+    """fingerprint() of the tensors as they are stored"""
 
     @property
     def config(self) -> VLAConfig:
@@ -58,8 +60,8 @@ def load_checkpoint(source: Path | str, *, dtype: str = "float32", device: torch
         raise CheckpointError(f"{folder}: {TOKENIZER} is not readable: {error}") from error
     with torch.device("meta"):
         model = VLA(config)
-    _fill(model, folder, dtype=DTYPES[dtype], device=torch.device(device))
-    return Checkpoint(path=folder, model=model.eval(), tokenizer=tokenizer)
+    stored = _fill(model, folder, dtype=DTYPES[dtype], device=torch.device(device))
+    return Checkpoint(path=folder, model=model.eval(), tokenizer=tokenizer, fingerprint=stored)
 
 
 def local_folder(source: Path | str) -> Path:
@@ -112,10 +114,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _fill(model: VLA, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts the checkpoint's tensors in the place of the model's, which may be on the meta device."""
+def _fill(model: VLA, folder: Path, *, dtype: torch.dtype, device: torch.device) -> str:
+    """Puts the checkpoint's tensors in the place of the model's, which may be on the meta device; their fingerprint."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     tensors: dict[str, torch.Tensor] = {}
+    digests: list[str] = []
     for shard, names in shards(folder).items():
         for name, tensor in _tensors(folder / shard, names):
             if name not in wanted:
@@ -124,12 +127,14 @@ def _fill(model: VLA, folder: Path, *, dtype: torch.dtype, device: torch.device)
                 raise CheckpointError(
                     f"{folder}: tensor {name} must have shape {wanted[name]}, got {tuple(tensor.shape)} in {shard}"
                 )
+            digests.append(digest(name, tensor))
             tensors[name] = tensor.to(device=device, dtype=dtype)
     if missing := sorted(wanted.keys() - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{folder}: tensor {missing[0]} is missing{more}")
     model.load_state_dict(tensors, assign=True)
     model.to(device)
+    return _fingerprint(digests)
 
 
 def shards(folder: Path) -> dict[str, list[str] | None]:
@@ -228,11 +233,16 @@ def preprocessor_config(config: VLAConfig) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: VLA) -> str:
-    """SHA-256, hex, of the model's tensors: names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256, hex, of named tensors; it does not depend on their order or on how they are sharded."""
+    return _fingerprint(digest(name, tensor) for name, tensor in tensors.items())
+
+
+def digest(name: str, tensor: torch.Tensor) -> str:
+    """Name, dtype, shape and SHA-256 of the bytes, in a line."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
+
+
+def _fingerprint(digests: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

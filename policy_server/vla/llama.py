@@ -187,6 +187,12 @@ class LanguageModel(nn.Module):
             attention.fused = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
             mlp.fused = _side_by_side(mlp.gate_proj, mlp.up_proj)
 
+    def unfuse(self) -> None:
+        """Decodes with the single layers again, whatever they have been replaced by."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.self_attn.fused = layer.mlp.fused = None
+
 
 def _side_by_side(*linears: nn.Linear) -> torch.Tensor:
     fused = torch.cat([linear.weight.detach() for linear in linears])

@@ -75,6 +75,7 @@ def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0) -> 
     A fresh adapter changes nothing: its lora_B is zero.
     """
     model.requires_grad_(False)
+    model.language_model.unfuse()
     for name, linear in list(_linears(model)):
         _put(model, name, LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout))
     return [parameter for name, parameter in model.named_parameters() if _is_lora(name)]
@@ -82,6 +83,7 @@ def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0) -> 
 
 def merge_lora(model: VLA) -> None:
     """Adds the adapter into the base and removes it."""
+    model.language_model.unfuse()
     for name, layer in list(_adapted(model)):
         _put(model, name, layer.merged())
 
@@ -127,6 +129,7 @@ def load_lora(model: VLA, folder: Path | str) -> None:
                 alpha=float(config["lora_alpha"]),
                 dropout=float(config.get("lora_dropout", 0.0)),
             )
+    model.language_model.unfuse()
     for name, layer in layers.items():
         for matrix in ("lora_A", "lora_B"):
             _copy(getattr(layer, matrix), tensors, f"{PREFIX}{name}.{matrix}.weight", folder)

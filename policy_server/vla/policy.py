@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from policy_server.vla.action_tokens import ActionTokens
-from policy_server.vla.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from policy_server.vla.config import ImagePath, VLAConfig
 from policy_server.vla.decoding import Decoded, DecodeInput, PassShape, decode
 from policy_server.vla.lora import load_lora, merge_lora
@@ -44,7 +44,8 @@ class Policy:
             unnorm_key=unnorm_key,
             max_prompt_tokens=max_prompt_tokens,
         )
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint = checkpoint.fingerprint
+        """Of the base: an adapter does not change it."""
         self.model.language_model.fuse()
         if self.shape is not None and self.model.device.type == "cpu":
             # Shared between threads, a matrix product rounds a row by where it stands in the batch.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from policy_server.compare import load_reference
-from policy_server.vla.checkpoint import Checkpoint
+from policy_server.vla.checkpoint import Checkpoint, fingerprint
 from policy_server.vla.config import nano_config
 from policy_server.vla.model import VLA
 from policy_server.vla.tokenizer import build_tokenizer
@@ -48,7 +48,12 @@ def nano() -> Checkpoint:
     model = VLA.initialise(nano_config(STATISTICS, chunk_length=2), seed=3).eval()
     # Spread the logits as training would, so that answers depend on what was asked.
     model.language_model.lm_head.weight.data.mul_(15)
-    return Checkpoint(path=Path(), model=model, tokenizer=build_tokenizer(INSTRUCTIONS, size=512))
+    return Checkpoint(
+        path=Path(),
+        model=model,
+        tokenizer=build_tokenizer(INSTRUCTIONS, size=512),
+        fingerprint=fingerprint(model.state_dict()),
+    )
 
 
 @pytest.fixture
