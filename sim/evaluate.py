@@ -25,7 +25,7 @@ from sim.pool import Deadlines, Pool
 from sim.report import EpisodeRecord, Report, rate_of
 from sim.scenes import default_budget_gb
 from sim.suites import Suite, find_suite
-from sim.worker import WorkerConfig, job_of, make_runner
+from sim.worker import SERVER_PATIENCE_S, WorkerConfig, job_of, make_runner
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     Raises PolicyError when there is no server, SpecMismatch when its policy cannot drive the suite's arm.
     """
     suite = find_suite(config.suite)
-    with PolicyClient(config.server, give_up_after_s=10.0) as client:
+    with PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S) as client:
         spec = client.spec()
     spec.require_fit(arm_spec(suite.tasks[0], suite.cameras))
     version = spec.message.live_version if config.version is None else config.version
