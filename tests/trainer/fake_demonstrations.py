@@ -10,6 +10,7 @@ import numpy as np
 
 from protos import codec, episode_pb2
 from protos.episode_file import EpisodeWriter
+from rl_trainer.demonstrations import HDF5_STATE_NAMES
 
 SIDE = 32
 
@@ -36,7 +37,7 @@ def write_episode(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.episode"
     start = episode_pb2.EpisodeStart(
-        episode_id=name, task="libero_object/0", purpose=purpose, state_names=[f"s{i}" for i in range(8)]
+        episode_id=name, task="libero_object/0", purpose=purpose, state_names=HDF5_STATE_NAMES, tick_rate_hz=20.0
     )
     writer = EpisodeWriter(path, start)
     rng = np.random.default_rng(len(name) + sum(map(ord, name)))

@@ -32,12 +32,12 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(data: Path, out: Path, **options: object) -> SftConfig:
-    """A run small enough for a test: 24 samples, chunks of two actions."""
+def config(data: Path, out: Path, init: Path | str, **options: object) -> SftConfig:
+    """A run small enough for a test: 24 samples."""
     settings = {
+        "init": str(init),
         "steps": 4,
         "batch_size": 8,
-        "chunk_length": 2,
         "warmup_steps": 2,
         "validation_fraction": 0.0,
         "log_seconds": 0.0,
@@ -55,10 +55,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(tensor, other[name]), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(demonstrations: Path, tmp_path: Path) -> None:
-    sft(config(demonstrations, tmp_path / "whole", steps=7, final_learning_rate=1e-3))
-    sft(config(demonstrations, tmp_path / "parts", steps=4, final_learning_rate=1e-3))
-    sft(config(demonstrations, tmp_path / "parts", steps=7, final_learning_rate=1e-3, resume=True))
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
+) -> None:
+    sft(config(demonstrations, tmp_path / "whole", tiny_vla, steps=7, final_learning_rate=1e-3))
+    sft(config(demonstrations, tmp_path / "parts", tiny_vla, steps=4, final_learning_rate=1e-3))
+    sft(config(demonstrations, tmp_path / "parts", tiny_vla, steps=7, final_learning_rate=1e-3, resume=True))
     assert_same(load_file(tmp_path / "whole/state.safetensors"), load_file(tmp_path / "parts/state.safetensors"))
     assert_same(weights(tmp_path / "whole/last"), weights(tmp_path / "parts/last"))
     losses = [Curve(tmp_path / run, first_step=8).series("loss") for run in ("whole", "parts")]
@@ -66,20 +68,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(demonstrations: P
 
 
 def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_as_another(
-    demonstrations: Path, tmp_path: Path
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
 ) -> None:
-    sft(config(demonstrations, tmp_path, steps=1))
+    sft(config(demonstrations, tmp_path, tiny_vla, steps=1))
     with pytest.raises(ValueError, match="already holds a run"):
-        sft(config(demonstrations, tmp_path, steps=1))
+        sft(config(demonstrations, tmp_path, tiny_vla, steps=1))
     with pytest.raises(ValueError, match="seed was 0, got 1"):
-        sft(config(demonstrations, tmp_path, steps=2, seed=1, resume=True))
+        sft(config(demonstrations, tmp_path, tiny_vla, steps=2, seed=1, resume=True))
 
 
-def test_a_tiny_set_is_learned_by_heart(tmp_path: Path) -> None:
+def test_a_tiny_set_is_learned_by_heart(tiny_vla: Path, tmp_path: Path) -> None:
     labels = fake.actions(8)
     fake.write_episode(tmp_path / "data", "e", labels)
     out = tmp_path / "run"
-    sft(config(tmp_path / "data", out, steps=120, batch_size=2, augmentation=STILL, ema=0.0, warmup_steps=10))
+    sft(
+        config(
+            tmp_path / "data", out, tiny_vla, steps=200, batch_size=2, augmentation=STILL, ema=0.0, learning_rate=5e-3
+        )
+    )
     losses = Curve(out, first_step=1000).series("loss")[1]
     assert losses[0] > 4
     assert np.mean(losses[-5:]) < 0.05
@@ -88,7 +94,7 @@ def test_a_tiny_set_is_learned_by_heart(tmp_path: Path) -> None:
 def test_a_checkpoint_carries_the_statistics_that_its_tokens_were_made_with(
     demonstrations: Path, tmp_path: Path
 ) -> None:
-    sft(config(demonstrations, tmp_path, steps=1, unnorm_key="ours"))
+    sft(config(demonstrations, tmp_path, "nano", steps=1, unnorm_key="ours", chunk_length=2))
     checkpoint = load_checkpoint(tmp_path / "last")
     actions = np.concatenate([fake.actions(16, seed=i) for i in range(6)]).astype(np.float64)
     statistics = checkpoint.config.norm_stats["ours"]["action"]
@@ -101,19 +107,19 @@ def test_a_checkpoint_carries_the_statistics_that_its_tokens_were_made_with(
     assert (np.abs(tokens.decode(tokens.encode(inside_KA)) - inside_KA) <= half_bin_A + 1e-12).all()
 
 
-def test_a_lora_run_leaves_the_base_as_it_was(demonstrations: Path, tmp_path: Path) -> None:
-    sft(config(demonstrations, tmp_path / "base", steps=1))
+def test_a_lora_run_leaves_the_base_as_it_was(demonstrations: Path, tiny_vla: Path, tmp_path: Path) -> None:
+    sft(config(demonstrations, tmp_path / "base", tiny_vla, steps=1))
     base = weights(tmp_path / "base/last")
-    sft(config(demonstrations, tmp_path / "lora", steps=3, init=str(tmp_path / "base/last"), lora_rank=4))
+    sft(config(demonstrations, tmp_path / "lora", tmp_path / "base/last", steps=3, lora_rank=4))
     assert_same(base, weights(tmp_path / "base/last"))
     adapter = load_file(tmp_path / "lora/last/adapter_model.safetensors")
     assert adapter and all(".lora_A." in name or ".lora_B." in name for name in adapter)
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if ".lora_B." in name)
 
 
-def test_two_ranks_learn_what_one_learns(demonstrations: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_learns(demonstrations: Path, tiny_vla: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
-        sft(config(demonstrations, tmp_path / str(ranks), steps=3, ranks=ranks, ema=0.0))
+        sft(config(demonstrations, tmp_path / str(ranks), tiny_vla, steps=3, ranks=ranks, ema=0.0))
     one, two = weights(tmp_path / "1/last"), weights(tmp_path / "2/last")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3)
@@ -122,22 +128,24 @@ def test_two_ranks_learn_what_one_learns(demonstrations: Path, tmp_path: Path) -
     )
 
 
-def test_parts_of_a_batch_add_up_to_the_batch(demonstrations: Path, tmp_path: Path) -> None:
+def test_parts_of_a_batch_add_up_to_the_batch(demonstrations: Path, tiny_vla: Path, tmp_path: Path) -> None:
     for accumulate in (1, 3):
-        sft(config(demonstrations, tmp_path / str(accumulate), steps=2, accumulate=accumulate, ema=0.0))
+        sft(config(demonstrations, tmp_path / str(accumulate), tiny_vla, steps=2, accumulate=accumulate, ema=0.0))
     one, three = weights(tmp_path / "1/last"), weights(tmp_path / "3/last")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, three[name], rtol=1e-3, atol=1e-3)
 
 
-def test_only_evaluation_episodes_are_nothing_to_train_on(tmp_path: Path) -> None:
+def test_only_evaluation_episodes_are_nothing_to_train_on(tiny_vla: Path, tmp_path: Path) -> None:
     fake.write_episode(tmp_path / "data", "exam", fake.actions(8), purpose=episode_pb2.PURPOSE_EVALUATE)
     with pytest.raises(ValueError, match="no demonstration is left to train on"):
-        sft(config(tmp_path / "data", tmp_path / "run"))
+        sft(config(tmp_path / "data", tmp_path / "run", tiny_vla))
 
 
-def test_held_out_episodes_are_measured_by_action_dimension(demonstrations: Path, tmp_path: Path) -> None:
-    sft(config(demonstrations, tmp_path, steps=2, validation_fraction=0.5))
+def test_held_out_episodes_are_measured_by_action_dimension(
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
+) -> None:
+    sft(config(demonstrations, tmp_path, tiny_vla, steps=2, validation_fraction=0.5))
     row = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])
     assert {f"accuracy/{i}" for i in range(7)} | {f"l1/{i}" for i in range(7)} < set(row)
     assert all(0 <= row[f"accuracy/{i}"] <= 1 for i in range(7))
@@ -145,9 +153,11 @@ def test_held_out_episodes_are_measured_by_action_dimension(demonstrations: Path
     assert (tmp_path / "best/config.json").exists() and (tmp_path / "curve.png").stat().st_size > 1000
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(demonstrations: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "rl_trainer", "sft", "--data", str(demonstrations), "--out", str(tmp_path / "run")]
-    options = ["--minutes", "5", "--batch-size", "4", "--chunk-length", "1", "--log-seconds", "0", "--ranks", "2"]
+    options = ["--init", str(tiny_vla), "--minutes", "5", "--batch-size", "4", "--log-seconds", "0", "--ranks", "2"]
     process = subprocess.Popen(command + options, stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert process.stdout is not None
     for line in process.stdout:
@@ -157,5 +167,5 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(demonstrations: Pa
     began = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode == 0 and time.monotonic() - began < 60
-    assert load_checkpoint(tmp_path / "run/last").config.chunk_length == 1
+    assert load_checkpoint(tmp_path / "run/last").config.chunk_length == 2
     assert (tmp_path / "run/state.safetensors").exists()
