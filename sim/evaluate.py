@@ -230,14 +230,21 @@ def default_folder(config: EvaluateConfig) -> Path:
 
 
 def main(config: EvaluateConfig) -> int:
-    """Evaluates, prints and saves; the exit code is 1 for too many errors or an interruption."""
+    """Evaluates, prints and saves; see exit_code."""
     config = replace(config, out=config.out or default_folder(config))
     assert config.out is not None
     report = evaluate(config)
     report.save(config.out)
     print(report.table())
     print(f"saved in {config.out}")
-    if report.error_share > config.max_error_share:
-        print(f"FAILED: {100 * report.error_share:.1f} % errors, at most {100 * config.max_error_share:.1f} % allowed")
-        return 1
-    return 0 if len(report.episodes) == report.planned else 1
+    return exit_code(report, max_error_share=config.max_error_share)
+
+
+def exit_code(report: Report, *, max_error_share: float) -> int:
+    """1 when too large a share of the episodes are errors, or when episodes are missing; says so."""
+    missing = report.planned - len(report.episodes)
+    if missing:
+        print(f"FAILED: {missing} of {report.planned} episodes were not run")
+    if report.error_share > max_error_share:
+        print(f"FAILED: {100 * report.error_share:.1f} % errors, at most {100 * max_error_share:.1f} % allowed")
+    return int(bool(missing) or report.error_share > max_error_share)

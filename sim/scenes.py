@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 SCENE_GB = 0.6
 """Room to make for a scene before it is built: model, renderer and its meshes."""
-MACHINE_SHARE = 0.6
+MACHINE_SHARE = 0.5
 """Part of the machine's memory that simulator workers may fill together unless told otherwise."""
 
 

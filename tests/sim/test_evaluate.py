@@ -6,11 +6,12 @@ import pytest
 
 from robot_client.arm import Task
 from robot_client.rollout import Rollout
-from sim.evaluate import EvaluateConfig, episode_seed, plan, record_of, states_note, watch
+from sim.evaluate import EvaluateConfig, episode_seed, exit_code, plan, record_of, states_note, watch
 from sim.job_queue import Finished
 from sim.report import EpisodeRecord
 from sim.suites import find_suite
 from sim.worker import job_of
+from tests.sim.test_report import report
 
 ROBOSUITE = find_suite("robosuite")
 
@@ -89,6 +90,16 @@ def test_an_interruption_keeps_what_there_is():
 
     (record,) = watch(results(), planned=2)
     assert record.outcome == "success"
+
+
+@pytest.mark.parametrize(("errors", "code"), [(0, 0), (2, 0), (3, 1)])
+def test_too_many_errors_fail_the_command(errors, code):
+    episodes = [record_of(finished(2000 + i, None if i < errors else "failure")) for i in range(100)]
+    assert exit_code(report(episodes), max_error_share=0.02) == code
+
+
+def test_missing_episodes_fail_the_command():
+    assert exit_code(report([record_of(finished(2000, "success"))], planned=2), max_error_share=0.02) == 1
 
 
 @pytest.mark.parametrize(
