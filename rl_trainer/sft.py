@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from policy_server.vla.checkpoint import load_checkpoint, save_checkpoint
+from policy_server.vla.checkpoint import load_checkpoint, load_config, local_folder, save_checkpoint
 from policy_server.vla.config import NANO_TEXT_VOCABULARY, VLAConfig, nano_config
 from policy_server.vla.lora import apply_lora, save_lora
 from policy_server.vla.model import VLA
@@ -44,7 +44,7 @@ class SftConfig:
     out: Path
     """where checkpoints and curves go"""
     init: str = "nano"
-    """what to start from: nano (fresh weights, a tokenizer built from the instructions) or a checkpoint's folder"""
+    """nano (fresh weights, a tokenizer built from the instructions), or the folder or hub id of a checkpoint"""
     minutes: float | None = None
     """wall time of the whole run; the schedule follows it"""
     steps: int | None = None
@@ -173,8 +173,9 @@ def _image_reader(config: SftConfig) -> tuple[Preprocessor, int]:
         vla_config = nano_config(unknown, chunk_length=config.chunk_length, state_dim=0)
         tokenizer = build_tokenizer((), size=NANO_TEXT_VOCABULARY)
     else:
-        vla_config = replace(VLAConfig.from_json(Path(config.init) / "config.json"), state_dim=0, state_names=())
-        tokenizer = Tokenizer.load(config.init)
+        folder = local_folder(config.init)
+        vla_config = replace(load_config(folder), state_dim=0, state_names=())
+        tokenizer = Tokenizer.load(folder)
     return Preprocessor(vla_config, tokenizer), vla_config.chunk_length
 
 
@@ -345,6 +346,9 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         if self.config.lora_rank:
             save_lora(self.model, fresh, base=self.config.init)
+            # An adapter has no config.json to hold what its tokens mean; this is the name the published training uses.
+            statistics = {self.config.unnorm_key: self.model.config.norm_stats[self.config.unnorm_key]}
+            (fresh / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
         else:
             save_checkpoint(fresh, self.model, self.tokenizer)
         if folder.exists():

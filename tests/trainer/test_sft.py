@@ -136,6 +136,15 @@ def test_parts_of_a_batch_add_up_to_the_batch(demonstrations: Path, tiny_vla: Pa
         torch.testing.assert_close(tensor, three[name], rtol=1e-3, atol=1e-3)
 
 
+def test_published_hdf5_demonstrations_are_learned_like_our_own(tiny_vla: Path, tmp_path: Path) -> None:
+    raw = fake.actions(12)
+    raw[:, -1] = 1 - 2 * raw[:, -1]  # LIBERO's gripper: -1 opens, +1 closes
+    ours, theirs = fake.actions(12), fake.write_hdf5(tmp_path / "drawer.hdf5", raw)
+    sft(config(theirs, tmp_path / "run", tiny_vla, steps=1))
+    statistics = load_checkpoint(tmp_path / "run/last").config.norm_stats["demonstrations"]["action"]
+    np.testing.assert_allclose(statistics["mean"], ours.astype(np.float64).mean(0), atol=1e-7)
+
+
 def test_only_evaluation_episodes_are_nothing_to_train_on(tiny_vla: Path, tmp_path: Path) -> None:
     fake.write_episode(tmp_path / "data", "exam", fake.actions(8), purpose=episode_pb2.PURPOSE_EVALUATE)
     with pytest.raises(ValueError, match="no demonstration is left to train on"):
