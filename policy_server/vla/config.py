@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 ImagePath = Literal["libero", "plain", "processor"]
 
-OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+PLACEHOLDER = "{instruction}"
+OPENVLA_PROMPT = f"In: What action should the robot take to {PLACEHOLDER}?\nOut:"
 ONE_TOWER_PROJECTOR = "no-align+gelu-mlp"
 TWO_TOWER_PROJECTOR = "no-align+fused-gelu-mlp"
 
@@ -168,6 +169,8 @@ class VLAConfig:
             )
         if self.image_path not in get_args(ImagePath):
             raise ConfigError(f"image_path must be one of {list(get_args(ImagePath))}, got {self.image_path!r}")
+        if PLACEHOLDER not in self.prompt_template:
+            raise ConfigError(f"prompt_template must contain {PLACEHOLDER}, got {self.prompt_template!r}")
         if self.state_names and len(self.state_names) != self.state_dim:
             raise ConfigError(
                 f"state_names must have state_dim = {self.state_dim} entries, got {len(self.state_names)}"
@@ -338,7 +341,7 @@ def nano_config(norm_stats: Mapping[str, Mapping[str, Any]], **overrides: Any) -
         "state_dim": 8,
         "patch_merge": 2,
         "chunk_length": 8,
-        "prompt_template": "{instruction}",
+        "prompt_template": PLACEHOLDER,
         "image_path": "plain",
         "tick_rate_hz": 20.0,
     }

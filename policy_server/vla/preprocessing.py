@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from policy_server.vla.action_tokens import statistics_key
-from policy_server.vla.config import VLAConfig
+from policy_server.vla.config import PLACEHOLDER, VLAConfig
 from policy_server.vla.tokenizer import Tokenizer
 from protos import image
 
@@ -80,7 +80,7 @@ class Preprocessor:
         """int64 (L,)."""
         if not instruction.strip():
             raise BadInput("instruction", "must not be empty")
-        ids = self._tokenizer.encode_prompt(self._config.prompt_template.format(instruction=instruction.lower()))
+        ids = self._tokenizer.encode_prompt(self._config.prompt_template.replace(PLACEHOLDER, instruction.lower()))
         if len(ids) > self.max_prompt_tokens:
             raise BadInput("instruction", f"must fit {self.max_prompt_tokens} tokens, got {len(ids)} with the prompt")
         return ids

@@ -86,6 +86,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown tower": (lambda d: edit_config(d, vision_towers=None), "unknown vision tower"),
     "other projector": (lambda d: edit_config(d, arch_specifier="linear"), "arch_specifier must be"),
     "misspelt tower": (lambda d: edit_config(d, vision_towers=[{"widht": 3}]), r"vision_towers: .*widht"),
+    "deaf prompt": (lambda d: edit_config(d, prompt_template="go"), r"must contain \{instruction\}, got 'go'"),
     "grouped heads": (
         lambda d: edit_config(d, text_config={"num_key_value_heads": 8}),
         "num_key_value_heads must be 32, got 8",
