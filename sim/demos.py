@@ -19,25 +19,24 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from protos import episode_pb2
-from protos.codec import encode_image, encode_tensor
-from protos.episode_file import PARTIAL_SUFFIX, SUFFIX, EpisodeWriter
-from robot_client.arm import Observation
-from robot_client.arm import Task as ArmTask
-from sim.evaluate import WORKER_ENVIRONMENT, episode_seed, shown_assets
+from protos.episode_file import PARTIAL_SUFFIX, SUFFIX
+from robot_client.client import PolicyClient
+from robot_client.errors import PolicyError
+from sim.evaluate import WORKER_ENVIRONMENT, shown_assets
 from sim.expert import Expert
 from sim.expert_tasks import experts_of, recipe_for
 from sim.job_queue import Finished, Job
 from sim.libero_arm import LiberoArm
 from sim.pool import Answer, Pool, Progress, Runner
+from sim.recorder import Plan, Recorded, Recorder
 from sim.scene import Scene
 from sim.scenes import Scenes, default_budget_gb
 from sim.suites import Suite, find_suite, find_task
+from sim.turns import Learner, ShakenExpert
 
 logger = logging.getLogger(__name__)
 
 TRAINING_SPLITS = ("train", "tune")
-POSITION = slice(0, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,10 @@ class DemosConfig:
     """Correlation of the noise between two ticks (a discrete Ornstein-Uhlenbeck process)."""
     start_offset_m: float = 0.06
     """Longest distance between the arm's given start and where a recording begins."""
+    server: str = ""
+    """HOST:PORT of a policy that takes turns with the expert, to be corrected; none given: the expert alone."""
+    stretch_ticks: tuple[int, int] = (8, 40)
+    """Shortest and longest turn, when there is a policy."""
     processes: int = 2
     """Simulator workers; one a core."""
     memory_gb: float = 0.0
@@ -88,37 +91,10 @@ class DemosConfig:
         for name in ("noise", "start_offset_m"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 1 <= self.stretch_ticks[0] <= self.stretch_ticks[1]:
+            raise ValueError(f"stretch_ticks must be 1 <= shortest <= longest, got {self.stretch_ticks}")
         if not 0 <= self.noise_memory < 1:
             raise ValueError(f"noise_memory must be in [0, 1), got {self.noise_memory}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One episode to record."""
-
-    task: str
-    """e.g. "libero_object/3\""""
-    index: int
-    """place among the task's episodes"""
-    initial_state: str
-
-    @property
-    def key(self) -> str:
-        """Name of the episode and of its file."""
-        return f"{self.task.replace('/', '-')}-{self.index:04d}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """How an episode's recording went."""
-
-    task: str
-    success: bool
-    failures: int
-    """attempts that failed"""
-    ticks: int
-    """length of the recorded episode; 0 when there is none"""
-    wall_s: float
 
 
 def record_demos(config: DemosConfig) -> int:
@@ -158,120 +134,43 @@ def make_runner(config: DemosConfig) -> Runner:
     """What a worker process runs; called in that process."""
     budget_gb = config.memory_gb or default_budget_gb(config.processes)
     scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=budget_gb)
-    return functools.partial(_run_group, config, scenes)
+    client = PolicyClient(config.server) if config.server else None
+    return functools.partial(_run_group, config, client, scenes)
 
 
-def _run_group(config: DemosConfig, scenes: Scenes, jobs: Iterator[Job], progress: Progress) -> Iterator[Answer]:
+def _run_group(
+    config: DemosConfig, client: PolicyClient | None, scenes: Scenes, jobs: Iterator[Job], progress: Progress
+) -> Iterator[Answer]:
     first = next(jobs)
     progress("build")
     scene = scenes.of(first.group)
     assert isinstance(scene, Scene)
-    recorder = Recorder(config, scene, progress)
+    recorder = recorder_for(config, scene, client, progress)
     for job in itertools.chain([first], jobs):
-        yield Answer(key=job.key, value=recorder.record(job.payload))
+        try:
+            yield Answer(key=job.key, value=recorder.record(job.payload))
+        except PolicyError as error:
+            yield Answer(key=job.key, error=f"{type(error).__name__}: {error}")
     scenes.require_budget()
 
 
-class Recorder:
-    """Records episodes of one scene's task."""
-
-    def __init__(self, config: DemosConfig, scene: Scene, progress: Progress = lambda phase: None) -> None:
-        self._config = config
-        self._scene = scene
-        self._progress = progress
-        self._arm = LiberoArm(scene=scene, image_sizes={config.camera: (config.size_px, config.size_px)})
-        self._expert = Expert(scene, recipe_for(scene.task), gain=config.gain, speed=config.speed)
-
-    def record(self, item: Plan) -> Recorded:
-        """Tries the episode until it succeeds or its attempts are spent."""
-        started = time.monotonic()
-        for attempt in range(self._config.attempts):
-            seed = episode_seed(self._config.seed, item.task, f"{item.index}.{attempt}")
-            writer = EpisodeWriter(self._config.out / (item.key + SUFFIX), self._start(item, seed))
-            try:
-                ticks = self._attempt(item, writer, np.random.default_rng(seed))
-            except BaseException:
-                writer.discard()
-                raise
-            if ticks:
-                end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_SUCCESS, terminal=True)
-                end.ended_unix_ns = time.time_ns()
-                writer.finish(end)
-                wall_s = time.monotonic() - started
-                return Recorded(task=item.task, success=True, failures=attempt, ticks=ticks, wall_s=wall_s)
-            writer.discard()
-        wall_s = time.monotonic() - started
-        return Recorded(task=item.task, success=False, failures=self._config.attempts, ticks=0, wall_s=wall_s)
-
-    def _attempt(self, item: Plan, writer: EpisodeWriter, rng: np.random.Generator) -> int:
-        """Ticks until success; 0 when time ran out."""
-        task, config = self._scene.task, self._config
-        goal = ArmTask(name=task.id, instruction=task.instruction, initial_state=item.initial_state)
-        self._arm.reset(goal)
-        self._wander_off(rng)
-        noise, recent = np.zeros(3), []
-        for tick in range(task.max_ticks):
-            self._progress("step")
-            if tick % config.stride == 0:
-                writer.executed(recent)
-                recent = []
-                writer.decision(decision_record(tick // config.stride, self._arm.observe()))
-            label = self._expert.action()
-            noise = config.noise_memory * noise + np.sqrt(1 - config.noise_memory**2) * rng.normal(0, config.noise, 3)
-            action = label.copy()
-            action[POSITION] += noise * self._expert.haste(label)
-            sent = self._arm.apply(action.astype(np.float32))
-            recent.append(tick_record(tick, config.stride, sent, label))
-            if self._arm.state().outcome == "success":
-                writer.executed(recent)
-                return tick + 1
-        return 0
-
-    def _wander_off(self, rng: np.random.Generator) -> None:
-        """Moves the hand to a random place near its start, never below it; not recorded."""
-        direction = rng.normal(size=3)
-        direction[2] = abs(direction[2]) / 2
-        offset = direction / np.linalg.norm(direction) * rng.uniform(0, self._config.start_offset_m)
-        steps = 1 + int(np.linalg.norm(offset) / 0.005)
-        action = np.array([*(offset / steps / 0.0135), 0, 0, 0, 1], dtype=np.float32)
-        for _ in range(steps):
-            self._arm.apply(action)
-
-    def _start(self, item: Plan, seed: int) -> episode_pb2.EpisodeStart:
-        spec = self._arm.spec
-        return episode_pb2.EpisodeStart(
-            episode_id=f"{item.key}-{seed:016x}",
-            task=item.task,
-            initial_state=item.initial_state,
-            purpose=episode_pb2.PURPOSE_DEMONSTRATE,
-            seed=seed,
-            asset_tree=spec.asset_tree,
-            arm=spec.name,
-            tick_rate_hz=spec.tick_rate_hz,
-            started_unix_ns=time.time_ns(),
-            state_names=spec.state_names,
-        )
-
-
-def decision_record(decision: int, observation: Observation) -> episode_pb2.Decision:
-    """An observation without an answer; images are stored without loss."""
-    message = episode_pb2.Observation(
-        images={name: encode_image(pixels, "png") for name, pixels in observation.images.items()},
-        state=encode_tensor(observation.state_S),
-        instruction=observation.instruction,
-        capture_time_ns=observation.capture_time_ns,
-    )
-    return episode_pb2.Decision(decision=decision, observation=message)
-
-
-def tick_record(tick: int, stride: int, sent: np.ndarray, label: np.ndarray) -> episode_pb2.Tick:
-    """What was executed, and what the expert would have executed."""
-    return episode_pb2.Tick(
-        decision=tick // stride,
-        index=tick % stride,
-        action=sent.tolist(),
-        source=episode_pb2.SOURCE_EXPERT,
-        expert_action=label.tolist(),
+def recorder_for(
+    config: DemosConfig, scene: Scene, client: PolicyClient | None = None, progress: Progress = lambda phase: None
+) -> Recorder:
+    """What records this scene's episodes; with a client, its policy drives in turns with the expert."""
+    arm = LiberoArm(scene=scene, image_sizes={config.camera: (config.size_px, config.size_px)})
+    expert = Expert(scene, recipe_for(scene.task), gain=config.gain, speed=config.speed)
+    shaken = ShakenExpert(expert, stride=config.stride, noise=config.noise, noise_memory=config.noise_memory)
+    return Recorder(
+        arm,
+        expert,
+        [shaken] if client is None else [Learner(client, arm.spec), shaken],
+        out=config.out,
+        seed=config.seed,
+        attempts=config.attempts,
+        start_offset_m=config.start_offset_m,
+        stretch_ticks=config.stretch_ticks,
+        progress=progress,
     )
 
 

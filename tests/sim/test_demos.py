@@ -11,7 +11,8 @@ import pytest
 from protos import episode_pb2
 from protos.codec import decode_image, decode_tensor
 from protos.episode_file import Episode, read_episode
-from sim.demos import DemosConfig, Plan, Recorder, plan, record_demos
+from sim.demos import DemosConfig, plan, record_demos, recorder_for
+from sim.recorder import Plan
 from sim.scene import Scene
 from sim.suites import find_suite, find_task
 
@@ -23,12 +24,12 @@ def lift() -> Scene:
     return Scene(find_task("robosuite/0"))
 
 
-def config_for(out: Path, **settings) -> DemosConfig:
-    return DemosConfig(suite="robosuite", tasks=(0,), out=out, size_px=48, processes=1, **settings)
+def config_for(out: Path, *, stride: int = 10, **settings) -> DemosConfig:
+    return DemosConfig(suite="robosuite", tasks=(0,), out=out, size_px=48, processes=1, stride=stride, **settings)
 
 
 def record(scene: Scene, out: Path, item: Plan = FIRST, **settings) -> Episode:
-    assert Recorder(config_for(out, **settings), scene).record(item).success
+    assert recorder_for(config_for(out, **settings), scene).record(item).success
     return read_episode(out / f"{item.key}.episode")
 
 
@@ -98,7 +99,7 @@ def test_recordings_begin_within_the_start_offset(lift: Scene, tmp_path: Path) -
 
 
 def test_failures_are_counted_and_not_kept(lift: Scene, tmp_path: Path) -> None:
-    recorded = Recorder(config_for(tmp_path, attempts=2, speed=0.01), lift).record(FIRST)
+    recorded = recorder_for(config_for(tmp_path, attempts=2, speed=0.01, stride=300), lift).record(FIRST)
     assert (recorded.success, recorded.failures, recorded.ticks) == (False, 2, 0)
     assert list(tmp_path.iterdir()) == []
 
@@ -122,11 +123,10 @@ def test_a_task_without_an_expert_is_refused_by_number(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_is_resumed_without_recording_anything_twice(tmp_path: Path) -> None:
     config = config_for(tmp_path, episodes_per_task=2, stride=20)
-    (tmp_path / "robosuite-0-0001.episode.partial").write_bytes(b"left by a killed run")
-    assert record_demos(config) == 0
     kept = tmp_path / "robosuite-0-0000.episode"
+    kept.write_bytes(b"recorded before")
     before = kept.stat().st_mtime_ns
-    (tmp_path / "robosuite-0-0001.episode").unlink()
+    (tmp_path / "robosuite-0-0001.episode.partial").write_bytes(b"left by a killed run")
     assert record_demos(config) == 0
     assert kept.stat().st_mtime_ns == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
