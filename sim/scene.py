@@ -16,7 +16,7 @@ import numpy as np
 from sim import assets, contacts
 from sim.initial_states import fixed_state, fresh_seed
 from sim.mujoco_library import free_build_memory
-from sim.placement import Placement
+from sim.placement import Placement, numpy_generator
 from sim.renderer import SceneRenderer
 from sim.stepping import FastStepper, Registers, Stepper, StockStepper
 from sim.suites import Task
@@ -61,7 +61,8 @@ class Scene:
     def __init__(self, task: Task, *, fast: bool = True) -> None:
         self.task = task
         self.occupant: Occupant | None = None
-        self.env = _build_env(task)
+        with numpy_generator(np.random.get_state()):  # the constructor draws a placement that nobody sees
+            self.env = _build_env(task)
         free_build_memory()
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data

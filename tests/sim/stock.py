@@ -25,6 +25,7 @@ class StockEnv:
 
     def reset(self, state: np.ndarray) -> dict[str, np.ndarray]:
         """The next episode, from a fixed state, settled."""
+        self._enter()
         self.env.reset()
         observation = self.env.set_init_state(state)
         for _ in range(10):
@@ -33,10 +34,13 @@ class StockEnv:
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
         """Observation and success."""
-        # robosuite draws into whichever context is current, which is another scene's after that has drawn.
-        self.env.sim._render_context_offscreen.gl_ctx.make_current()
+        self._enter()
         observation, _, done, _ = self.env.step(action)
         return observation, bool(done)
+
+    def _enter(self) -> None:
+        # robosuite draws into, and frees from, whichever context is current: another scene's, after that has drawn.
+        self.env.sim._render_context_offscreen.gl_ctx.make_current()
 
 
 def expert_actions(scene: Scene, ticks: int) -> Iterator[np.ndarray]:
