@@ -4,6 +4,8 @@ An expert's action is a function of the present physical state alone: what to do
 object pinched? is the hand above it?), never off a counter.  So it can label any state, a learner's own included.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """What a scripted expert may know: poses, extents and contacts, read from the simulator's state."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names live in compiled modules without stubs.
 from __future__ import annotations
 
 from typing import NamedTuple
