@@ -21,7 +21,10 @@ DETERMINISTIC_PROMPT_TOKENS = 64
 
 
 class Policy:
-    """`prepare` belongs to the thread of a request, `decode` to the engine's; neither changes the policy."""
+    """`prepare` belongs to the thread of a request, `decode` to the engine's; neither changes the policy.
+
+    The checkpoint's model becomes the policy's own: its weights are laid out for decoding.
+    """
 
     def __init__(
         self,

@@ -124,7 +124,8 @@ def test_deterministic_answers_are_bitwise_the_same_for_any_neighbours(
     """Every row, every batch size, and a thread that is not the one that loaded the model."""
     key = next(iter(checkpoint.config.norm_stats))
     threads = torch.get_num_threads()
-    policy = Policy(checkpoint, unnorm_key=key, deterministic_batch=8, max_prompt_tokens=48)
+    own = replace(checkpoint, model=copy.deepcopy(checkpoint.model))  # a policy lays its weights out for decoding
+    policy = Policy(own, unnorm_key=key, deterministic_batch=8, max_prompt_tokens=48)
     requests = random_requests(checkpoint, 24, rng, greedy=0.3)
     answers: list[Decoded] = []
 
