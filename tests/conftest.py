@@ -11,7 +11,17 @@ import pytest
 # One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from sim import assets
 from tests.server.running import RunningServer, serving
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked libero is skipped without LIBERO; in CI, with the assets at hand, that is a failure."""
+    if item.get_closest_marker("libero") is None or assets.has_libero():
+        return
+    if os.environ.get("CI") and assets.assets_path() is not None:
+        pytest.fail("LIBERO's assets are here, but its package is not installed", pytrace=False)
+    pytest.skip("LIBERO or its assets are not installed")
 
 
 @pytest.fixture(scope="session")
