@@ -8,18 +8,15 @@ object pinched? is the hand above it?), never off a counter.  So it can label an
 # mujoco's names live in compiled modules without stubs.
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import mujoco
 import numpy as np
 
-from sim.expert_view import Extent, View
+from sim.expert_view import View
 
 REACH_M = 0.05  # what a full action asks of the controller in one tick (OSC_POSE's output_max)
 OPEN, CLOSED = 1.0, 0.0
-THINNEST_M = 0.002  # fingers closer than this hold nothing
-UP = np.array([0.0, 0.0, 1.0])
 
 
 class Aim(NamedTuple):
@@ -79,104 +76,3 @@ class Expert:
             if aim is not None:
                 return aim
         return Aim(self.view.eef, OPEN)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grasp:
-    """Where to take an object: fingers close along world y, pointing down."""
-
-    offset_m: tuple[float, float] = (0.0, 0.0)
-    """from the object's centre, in x and y"""
-    above_bottom_m: float = 0.012
-    """lowest height of the fingertips above the object's bottom"""
-    below_top_m: float = 0.032
-    """deepest reach below the object's top"""
-
-    def point(self, extent: Extent) -> np.ndarray:
-        """(3,) where the point between the fingertips should be, m."""
-        height = max(extent.low[2] + self.above_bottom_m, extent.high[2] - self.below_top_m)
-        return np.array([*(extent.centre[:2] + self.offset_m), height])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where to let go of an object."""
-
-    target: str
-    """body or site to put it into or onto; heights are counted from its top"""
-    carry_m: float = 0.04
-    """height of the object's bottom on the way"""
-    release_m: float = 0.01
-    """height of the object's bottom when the fingers open"""
-    offset_m: tuple[float, float] = (0.0, 0.0)
-    """from the target's centre, in x and y"""
-    radius_m: float = 0.03
-    """how far from there, horizontally, the object counts as delivered"""
-    near_m: float = 0.01
-    """horizontal distance within which the hand goes straight down"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PickPlace:
-    """Take an object from above and let go of it over a place; without a place, lift it."""
-
-    body: str
-    """the object's root body"""
-    grasp: Grasp = field(default_factory=Grasp)
-    place: Place | None = None
-
-    near_m: float = 0.01
-    """horizontal distance within which the hand goes straight down"""
-    hover_m: float = 0.05
-    """how high above the object's top the fingertips come from"""
-
-    def aim(self, view: View) -> Aim | None:
-        """See Skill."""
-        extent, eef, pinched = view.extent(self.body), view.eef, view.pinches(self.body)
-        if self.place is not None and self._delivered(view, extent):
-            clear = not pinched and view.closed < 0.3
-            return Aim(eef + 0.1 * UP if clear else eef, OPEN)
-        if pinched and view.closed > 0.9:
-            return Aim(self._carry(view, extent), CLOSED)
-        return self._take(view, extent, pinched)
-
-    def _take(self, view: View, extent: Extent, pinched: bool) -> Aim:
-        eef, point = view.eef, self.grasp.point(extent)
-        distance, height = np.hypot(*(point - eef)[:2]), abs(eef[2] - point[2])
-        missed = view.closed > 0.9 and view.gap < THINNEST_M
-        if missed or (view.opening and not pinched and height < 0.03):
-            return Aim(eef, OPEN)
-        closing = view.closed > 0.05
-        if distance < (2.5 if closing else 1.0) * self.near_m and height < (0.025 if closing else 0.01):
-            return Aim(eef if closing else point, CLOSED)
-        hover = extent.high[2] + self.hover_m - point[2]
-        return Aim(_approach(eef, point, hover=hover, near=self.near_m), OPEN)
-
-    def _carry(self, view: View, extent: Extent) -> np.ndarray:
-        eef = view.eef
-        if self.place is None:
-            return eef + 0.05 * UP
-        goal = self._goal(view) + eef - [*extent.centre[:2], extent.low[2]]  # the object hangs below the hand
-        return _approach(eef, goal, hover=self.place.carry_m - self.place.release_m, near=self.place.near_m)
-
-    def _goal(self, view: View) -> np.ndarray:
-        """(3,) where the middle of the object's bottom should be when the fingers open."""
-        assert self.place is not None
-        target = view.extent(self.place.target)
-        return np.array([*(target.centre[:2] + self.place.offset_m), target.high[2] + self.place.release_m])
-
-    def _delivered(self, view: View, extent: Extent) -> bool:
-        assert self.place is not None
-        goal = self._goal(view)
-        away = np.hypot(*(extent.centre - goal)[:2])
-        return bool(away < self.place.radius_m and extent.low[2] < goal[2] + 0.015)
-
-
-def _approach(eef: np.ndarray, goal: np.ndarray, *, hover: float, near: float) -> np.ndarray:
-    """The next waypoint towards goal: over it at `hover` first, then straight down; up before sideways when too low."""
-    away = np.hypot(*(goal - eef)[:2])
-    waypoint = goal + hover * np.clip((away - near) / 0.01, 0.0, 1.0) * UP
-    too_low = waypoint[2] - eef[2]
-    sideways = np.clip(1.5 - too_low / 0.04, 0.0, 1.0)
-    waypoint[:2] = eef[:2] + sideways * (waypoint[:2] - eef[:2])
-    return waypoint

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sim.expert import Grasp, PickPlace, Place, Skill
+from sim.expert import Skill
+from sim.expert_skills import Grasp, PickPlace, Place, TurnKnob
 from sim.suites import Suite, Task
 
 Recipe = tuple[Skill, ...]
@@ -64,10 +65,11 @@ LIBERO_GOAL: dict[str, Recipe] = {
     "push_the_plate_to_the_front_of_the_stove": (
         PickPlace(
             body="plate_1_main",
-            grasp=Grasp(offset_m=(0.0, 0.062), above_bottom_m=0.014),
+            grasp=Grasp(offset_m=(0.0, 0.055), above_bottom_m=0.01),
             place=Place(target="main_table_stove_front_region", carry_m=0.03, release_m=0.01, radius_m=0.03),
         ),
     ),
+    "turn_on_the_stove": (TurnKnob(body="flat_stove_1_button", joint="flat_stove_1_button", enough_rad=0.55),),
 }
 
 ROBOSUITE: dict[str, Recipe] = {

@@ -71,6 +71,11 @@ class View:
         points = self._data.geom_xpos[geoms, None] + np.einsum("gij,gkj->gki", rotations, corners)
         return Extent(points.min(axis=(0, 1)), points.max(axis=(0, 1)))
 
+    def frame(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A body's origin (3,), m, and its axes as the columns of (3, 3)."""
+        body = self._data.body(name)
+        return body.xpos.copy(), body.xmat.reshape(3, 3).copy()
+
     def joint(self, name: str) -> float:
         """Position of a hinge or slide joint, rad or m."""
         return float(self._data.joint(name).qpos[0])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sim import assets
-from sim.expert import CLOSED, OPEN, Aim, Expert, PickPlace
+from sim.expert import CLOSED, OPEN, Aim, Expert
+from sim.expert_skills import PickPlace
 from sim.expert_tasks import RECIPES, experts_of, recipe_for
 from sim.scene import Scene
 from sim.suites import find_suite, find_task
