@@ -18,6 +18,7 @@ from protos import episode_pb2
 from robot_client.arm import ArmState, Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
+from robot_client.episode import EpisodeConfig
 from robot_client.errors import PolicyError
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
@@ -48,6 +49,8 @@ class DemoConfig:
     """Which initial state; by default the first that the model was never trained on."""
     temperature: float = 0.0
     """0 is greedy."""
+    replan_after: int = 0
+    """Execute only the first so many actions of each chunk, then ask again; 0: all."""
     frame_every: int = 2
     """Ticks between two frames."""
     size_px: int = 192
@@ -98,9 +101,10 @@ def film(
     camera = Camera(scene, task.cameras[0], config.size_px, every=config.frame_every)
     arm = LiberoArm(scene=scene, image_sizes=sizes)
     try:
-        (result,) = run_lockstep([arm], [rollout], client, observers=lambda _: [camera])
+        follow = EpisodeConfig(replan_after=config.replan_after)
+        (result,) = run_lockstep([arm], [rollout], client, follow, observers=lambda _: [camera])
     finally:
-        arm.close()
+        scene.close()
     return [captioned(frame, task.instruction) for frame in camera.frames], result
 
 

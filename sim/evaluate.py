@@ -64,6 +64,8 @@ class EvaluateConfig:
     """0 is greedy."""
     seed: int = 0
     """Episodes sample from streams derived from this seed, their task and their state."""
+    replan_after: int = 0
+    """Execute only the first so many actions of each chunk, then ask again; 0: all."""
     version: int | None = None
     """A version the server names; none given: the live one, the same for all episodes."""
     processes: int = 2
@@ -86,7 +88,7 @@ class EvaluateConfig:
         for name in ("processes", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("episodes_per_task", "temperature", "videos"):
+        for name in ("episodes_per_task", "temperature", "replan_after", "videos"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_error_share <= 1:
@@ -136,6 +138,7 @@ def carry_out(config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollo
     worker = WorkerConfig(
         server=config.server,
         slots=config.slots,
+        replan_after=config.replan_after,
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
         videos=config.out / "videos" if config.out and config.videos else None,
         videos_per_outcome=config.videos,
@@ -206,6 +209,7 @@ def report_of(
         version=rollouts[0].version or 0,
         base_fingerprint=message.base_fingerprint,
         chunk_length=spec.chunk_length,
+        replan_after=config.replan_after,
         image_path=message.image_path,
         unnorm_key=message.unnorm_key,
         assets=shown_assets(suite),

@@ -122,6 +122,9 @@ class Report:
     version: int
     base_fingerprint: str
     chunk_length: int
+    """K"""
+    replan_after: int
+    """how many of the K actions were executed; 0: all"""
     image_path: str
     unnorm_key: str
     assets: str
@@ -159,6 +162,11 @@ class Report:
         return "greedy" if self.temperature == 0 else f"sampled at temperature {self.temperature:g}, seed {self.seed}"
 
     @property
+    def chunks(self) -> str:
+        executed = f", {self.replan_after} executed" if self.replan_after else ""
+        return f"K = {self.chunk_length}{executed}"
+
+    @property
     def headline(self) -> str:
         return f"{self.suite}, protocol {self.protocol} ({self.states_note}), {self.sampling}; {self.assets}"
 
@@ -186,7 +194,7 @@ class Report:
         """The report as text for a terminal."""
         lines = [
             self.headline,
-            f"model {self.model} version {self.version} ({self.base_fingerprint[:12]}), K = {self.chunk_length}",
+            f"model {self.model} version {self.version} ({self.base_fingerprint[:12]}), {self.chunks}",
         ]
         for task, episodes in by_task(self.episodes).items():
             lines.append(f"{task:>18}  {rate_of(episodes)}  {self.instructions.get(task, '')}")

@@ -18,6 +18,7 @@ from protos import episode_pb2
 from robot_client.arm import ArmState, Observation
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
+from robot_client.episode import EpisodeConfig
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from sim.job_queue import Job
@@ -43,6 +44,8 @@ class WorkerConfig:
     """HOST:PORT of the policy server"""
     slots: int = 4
     """episodes interleaved in one process"""
+    replan_after: int = 0
+    """execute only the first so many actions of each chunk; 0: all"""
     memory_gb: float
     """size above which a process drops scenes, and then retires"""
     videos: Path | None = None
@@ -88,7 +91,8 @@ def _run_group(
         videos = [] if config.videos is None else [Reel(config.videos, keep=config.videos_per_outcome)]
         return [Heartbeat(progress), *videos]
 
-    results = run_lockstep(arms, rollouts(), client, observers=observers, on_wait=lambda: progress("step"))
+    follow = EpisodeConfig(replan_after=config.replan_after)
+    results = run_lockstep(arms, rollouts(), client, follow, observers=observers, on_wait=lambda: progress("step"))
     for result in results:
         yield _answer(result)
     scenes.require_budget()

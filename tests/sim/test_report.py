@@ -24,6 +24,7 @@ def report(episodes: list[EpisodeRecord], **changes) -> Report:
         "version": 3,
         "base_fingerprint": "ab" * 32,
         "chunk_length": 4,
+        "replan_after": 0,
         "image_path": "libero",
         "unnorm_key": "libero",
         "assets": "LIBERO with stand-in visuals",
