@@ -64,7 +64,6 @@ def main(config: Config) -> None:
 def compare(task: Task, config: Config) -> tuple[float, float, float]:
     """Steps/s of all processes together: LIBERO's own, ours with K = 1, ours with K = 8."""
     spawn = multiprocessing.get_context("spawn")
-    # Both sides start from spawned processes: this one must stay without graphics for LIBERO's fork.
     sides = [Side(spawn, worker, task, config) for worker in (stock_side, our_side)]
     steps = config.processes * config.ticks * config.rounds
     seconds = {(side, k): 0.0 for side, k in ((0, 1), (1, 1), (1, 8))}
@@ -108,6 +107,7 @@ def smooth_actions(config: Config) -> np.ndarray:
 
 def stock_side(pipe: Connection, task_id: str, config: Config) -> None:
     """LIBERO's SubprocVectorEnv."""
+    multiprocessing.set_start_method("fork", force=True)  # LIBERO's default; a spawned child has inherited "spawn"
     task = find_task(task_id)
     envs = assets.load_libero()
     arguments = {
