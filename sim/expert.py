@@ -26,6 +26,8 @@ class Aim(NamedTuple):
     """(3,) target of the point between the fingertips, m"""
     gripper: float
     """OPEN or CLOSED"""
+    speed: float | None = None
+    """longest position delta here, in (0, 1]: what pushes against a load needs more; None: the expert's own"""
 
 
 class Skill(Protocol):
@@ -61,14 +63,14 @@ class Expert:
         """(7,) float64: position deltas in [-1, 1], no rotation, and the gripper in [0, 1], 1 open."""
         aim = self._aim()
         delta = self._gain * (aim.position - self.view.eef) / REACH_M
-        length = float(np.linalg.norm(delta))
-        if length > self._speed:
-            delta *= self._speed / length
+        length, speed = float(np.linalg.norm(delta)), aim.speed or self._speed
+        if length > speed:
+            delta *= speed / length
         return np.concatenate([delta, np.zeros(3), [aim.gripper]])
 
     def haste(self, action: np.ndarray) -> float:
         """How fast an action of this expert moves, 0 (fingers at work) to 1 (full speed)."""
-        return float(np.linalg.norm(action[:3])) / self._speed
+        return min(1.0, float(np.linalg.norm(action[:3])) / self._speed)
 
     def _aim(self) -> Aim:
         for skill in self._recipe:

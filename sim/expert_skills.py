@@ -131,7 +131,7 @@ class TurnKnob:
         away = view.eef - contact
         behind = 0.0 < -away @ ahead < self.run_up_m + 0.015
         if behind and abs(away @ along) < 0.015 and away[2] < 0.015:
-            return Aim(contact + 0.03 * ahead, CLOSED)
+            return Aim(contact + 0.06 * ahead, CLOSED, speed=1.0)
         return Aim(_approach(view.eef, contact - self.run_up_m * ahead, hover=0.06, near=0.01), CLOSED)
 
 
