@@ -7,6 +7,7 @@ No policy, no server, no images.  Tasks without an expert are listed and count a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -23,7 +24,7 @@ from sim import assets
 from sim.evaluate import WORKER_ENVIRONMENT, shown_assets
 from sim.expert import Expert
 from sim.expert_tasks import experts_of, recipe_for
-from sim.job_queue import Job
+from sim.job_queue import Finished, Job
 from sim.pool import Answer, Deadlines, Pool, Progress, Runner
 from sim.report import EpisodeRecord, by_task, outcomes_digest, rate_of
 from sim.scene import Scene
@@ -57,7 +58,7 @@ def main(config: ExpertsConfig) -> None:
     runner = functools.partial(make_runner, config)
     patience = Deadlines(step=300.0)
     with Pool(runner, processes=config.processes, env=WORKER_ENVIRONMENT, deadlines=patience) as pool:
-        finished = list(tqdm(pool.run(jobs), total=len(jobs), unit="episode", smoothing=0.1))
+        finished = as_far_as_it_goes(pool, jobs)
     episodes = [item.value for item in finished if item.error is None]
     failed = [f"{item.job.key}: {item.error}" for item in finished if item.error is not None]
     print(table(config, episodes))
@@ -67,6 +68,15 @@ def main(config: ExpertsConfig) -> None:
     if config.out:
         tasks = {task: rate_of(of_task).as_json() for task, of_task in by_task(episodes).items()}
         config.out.write_text(json.dumps({"tasks": tasks, "errors": failed}, indent=2) + "\n", encoding="utf-8")
+
+
+def as_far_as_it_goes(pool: Pool, jobs: list[Job]) -> list[Finished]:
+    """All jobs, or those that have ended when Ctrl-C comes."""
+    finished: list[Finished] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for item in tqdm(pool.run(jobs), total=len(jobs), unit="episode", smoothing=0.1):
+            finished.append(item)
+    return finished
 
 
 def jobs_of(config: ExpertsConfig, suite_name: str) -> list[Job]:
