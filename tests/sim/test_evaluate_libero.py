@@ -14,17 +14,13 @@ import pytest
 from protos.episode_file import Episode, read_episode
 from robot_client.client import PolicyClient
 from robot_client.rollout import Rollout
-from sim import assets
 from sim.evaluate import EvaluateConfig, carry_out, plan
 from sim.report import Report
 from sim.suites import find_suite
 from tests.server.running import serving
 from tests.sim.wandering_model import CHUNK_LENGTH, WanderingModel
 
-pytestmark = [
-    pytest.mark.libero,
-    pytest.mark.skipif(not assets.has_libero(), reason="LIBERO or its assets are not installed"),
-]
+pytestmark = pytest.mark.libero
 
 TWO_TASKS = EvaluateConfig(suite="libero_object", tasks=(0, 3), episodes_per_task=3, slots=2, processes=2, videos=0)
 ONE_TASK = replace(TWO_TASKS, tasks=(3,), processes=1)
