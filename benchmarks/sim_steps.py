@@ -45,6 +45,8 @@ class Config:
     """rounds of each side"""
     drift_ticks: int = 120
     """length of the free-running trajectories"""
+    expert_states: int = 5
+    """initial states on which the expert acts in closed loop, on either step"""
 
 
 def main(config: Config) -> None:
@@ -59,6 +61,9 @@ def main(config: Config) -> None:
     print(f"\n{'drift from stock':24}{'tick 1':>9}{'tick 30':>9}{'tick 60':>9}{'end':>9}{'hand':>9}  success at tick")
     for task_id in config.tasks:
         print_drift(find_task(task_id), config)
+    print(f"\n{'expert succeeds':24}{'stock':>9}{'ours':>9}")
+    for task_id in config.tasks:
+        print_experts(find_task(task_id), config)
 
 
 def compare(task: Task, config: Config) -> tuple[float, float, float]:
@@ -178,16 +183,38 @@ def print_drift(task: Task, config: Config) -> None:
     expert = Expert(stock, recipe_for(task), gain=2.0, speed=1.0)
     for scene in (stock, fast):
         scene.reset("0")
-    distance, solved = [], [None, None]
-    for tick in range(config.drift_ticks):
+    distance, solved = [], ([], [])
+    for _ in range(config.drift_ticks):
         action = environment_action(expert.action())
-        for side, scene in enumerate((stock, fast)):
-            if scene.step(action) and solved[side] is None:
-                solved[side] = tick + 1
+        for scene, verdicts in zip((stock, fast), solved, strict=True):
+            verdicts.append(scene.step(action))
         distance.append(float(np.abs(stock.data.qpos - fast.data.qpos).max()))
     hand_m = float(np.abs(stock.data.site("gripper0_grip_site").xpos - fast.data.site("gripper0_grip_site").xpos).max())
     shown = "".join(f"{value:9.0e}" for value in (distance[0], distance[29], distance[59], distance[-1], hand_m))
-    print(f"{task.id:24}{shown}  {solved[0]} and {solved[1]}", flush=True)
+    first = [verdicts.index(True) + 1 if True in verdicts else None for verdicts in solved]
+    print(f"{task.id:24}{shown}  {first[0]} and {first[1]}", flush=True)
+
+
+def print_experts(task: Task, config: Config) -> None:
+    """The expert in closed loop on either step: how many states it solves, and after how many ticks."""
+    ticks = []
+    for fast in (False, True):
+        scene = Scene(task, fast=fast)
+        ticks.append([expert_ticks(scene, str(state)) for state in range(config.expert_states)])
+    stock, compiled = ticks
+    equal = sum(a == b for a, b in zip(stock, compiled, strict=True))
+    counts = [f"{sum(t is not None for t in side)}/{config.expert_states}" for side in ticks]
+    print(f"{task.id:24}{counts[0]:>9}{counts[1]:>9}  same tick in {equal}", flush=True)
+
+
+def expert_ticks(scene: Scene, state: str) -> int | None:
+    """Ticks until the expert succeeds; None when it does not."""
+    scene.reset(state)
+    expert = Expert(scene, recipe_for(scene.task), gain=2.0, speed=1.0)
+    for tick in range(scene.task.max_ticks):
+        if scene.step(environment_action(expert.action())):
+            return tick + 1
+    return None
 
 
 if __name__ == "__main__":

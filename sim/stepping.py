@@ -78,6 +78,19 @@ class FastStepper:
             site_xmat=data.site_xmat,
         )
         self._registers = _fresh_registers(env, forced_samples=0)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile (12 s, once a machine) while the scene is built, whose deadline is long, and not in an episode."""
+        from robosuite.utils import transform_utils
+
+        before = self._registers.copy()
+        turn = transform_utils.quat2mat(np.array([0.0, 0.0, 0.0, 1.0]))
+        no_time = self._constants._replace(substeps=0)
+        self._tick(no_time, self._views, self._registers, np.zeros(3), turn, False, 0.0)
+        self._sample_due(self._constants, self._registers.clock_2)
+        self._env.robots[0].controller.run_controller()
+        self.restore(before)
 
     def reset(self, forced_samples: int) -> None:
         """See Stepper."""
