@@ -26,16 +26,17 @@ LIFT = Task(name="robosuite/0", instruction="lift the red cube", initial_state="
 
 
 @pytest.fixture(scope="module")
-def arm() -> LiberoArm:
-    return LiberoArm(scene=Scene(find_task("robosuite/0")), image_sizes={"agentview": (32, 32)})
+def scene() -> Scene:
+    return Scene(find_task("robosuite/0"))
 
 
-def expert_on(arm: LiberoArm) -> Expert:
-    return Expert(arm._scene, recipe_for(arm._scene.task))
+@pytest.fixture(scope="module")
+def arm(scene: Scene) -> LiberoArm:
+    return LiberoArm(scene=scene, image_sizes={"agentview": (32, 32)})
 
 
 class Drifter:
-    """A policy that always pushes the hand to the side; looks once a stretch."""
+    """A policy that does as the expert would, but for a constant push to the side; looks once a stretch."""
 
     source = episode_pb2.SOURCE_POLICY
 
@@ -53,16 +54,16 @@ class Drifter:
         self.wants_observation = False
 
     def action(self, label_A: np.ndarray) -> np.ndarray:
-        return np.array([0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0])
+        return label_A + 0.3 * np.eye(7)[1]
 
     def end(self, success: bool) -> None:
         self.outcomes.append(success)
 
 
 def test_the_learners_ticks_carry_the_experts_labels_and_the_expert_leads_the_rest(
-    arm: LiberoArm, tmp_path: Path
+    scene: Scene, arm: LiberoArm, tmp_path: Path
 ) -> None:
-    expert, learner = expert_on(arm), Drifter()
+    expert, learner = Expert(scene, recipe_for(scene.task)), Drifter()
     shaken = ShakenExpert(expert, stride=5, noise=0.0, noise_memory=0.0)
     assert Recorder(arm, expert, [learner, shaken], out=tmp_path, stretch_ticks=(6, 12)).record(FIRST).success
     ticks = read_episode(tmp_path / f"{FIRST.key}.episode").ticks
