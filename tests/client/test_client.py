@@ -75,7 +75,7 @@ def test_a_retry_after_a_lost_reply_gets_the_stored_answer(client, policy, opene
 
 def test_answers_that_come_out_of_order_find_their_requests(client, policy):
     ids = [client.start_episode(rollout_of(), spec_of()).episode_id for _ in range(3)]
-    policy.script[0] = [Delay(0.2), Delay(0.1), Delay(0.0)]
+    policy.script[0] = [Delay(1.2), Delay(0.6), Delay(0.0)]
     pending = []
     for episode_id in ids:
         pending.append(client.ask(episode_id, 0, LOOK))
