@@ -153,6 +153,8 @@ def our_side(pipe: Connection, task_id: str, config: Config) -> None:
         for chunk in smooth_actions(config).reshape(-1, k, 7):
             exchange(pipes, chunk)
         pipe.send(time.perf_counter() - started)
+    for worker in pipes:
+        worker.send("stop")
 
 
 def exchange(pipes: Sequence[Connection], message: object) -> None:
@@ -164,11 +166,10 @@ def exchange(pipes: Sequence[Connection], message: object) -> None:
 
 
 def our_worker(pipe: Connection, task_id: str, index: int, config: Config) -> None:
-    """One scene: a chunk of actions in, the images after it out; None resets."""
+    """One scene: a chunk of actions in, the images after it out; None resets, "stop" ends."""
     scene = Scene(find_task(task_id))
     pipe.send("ready")
-    while True:
-        chunk = pipe.recv()
+    while not isinstance(chunk := pipe.recv(), str):
         if chunk is None:
             scene.reset(str(index))
         else:
