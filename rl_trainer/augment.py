@@ -22,9 +22,10 @@ class Augmentation:
     """factor drawn from [1 - b, 1 + b]"""
     contrast: float = 0.2
     saturation: float = 0.2
-    shift_px: int = 2
-    """the frame is shifted by up to this many pixels each way, its edge repeated"""
-    state_noise: float = 0.05
+    shift_px: int = 0
+    """the frame is shifted by up to this many pixels each way, its edge repeated; to a camera that is fixed to the world
+    a pixel is a place, and a shift costs precision"""
+    state_noise: float = 0.02
     """standard deviation of the noise on the state, in standard deviations of the training data"""
 
     def __post_init__(self) -> None:

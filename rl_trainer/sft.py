@@ -358,11 +358,14 @@ class Run:
 
 
 def _objective(config: SftConfig, vla_config: VLAConfig) -> Objective:
-    mask = torch.tensor(vla_config.norm_stats[config.unnorm_key]["action"]["mask"])
-    continuous_N = mask.repeat(vla_config.chunk_length)
+    statistics = vla_config.norm_stats[config.unnorm_key]["action"]
+    moves_A = torch.tensor(statistics["q99"]) > torch.tensor(statistics["q01"])
+    # A dimension that never moves has one token: its neighbours, sampled, would be inputs that training never showed.
+    masked_A = torch.tensor(statistics["mask"])
+    repeats = vla_config.chunk_length
     return Objective(
-        weight_N=torch.where(continuous_N, 1.0, config.gripper_weight).to(config.device),
-        smooth_N=continuous_N.to(config.device),
+        weight_N=torch.where(masked_A, 1.0, config.gripper_weight).repeat(repeats).to(config.device),
+        smooth_N=(masked_A & moves_A).repeat(repeats).to(config.device),
         target_VV=soft_targets(vla_config.n_action_bins, config.bin_smoothing).to(config.device)
         if config.bin_smoothing
         else None,

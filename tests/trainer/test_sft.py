@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import load_checkpoint
+from policy_server.vla.config import VLAConfig
 from protos import episode_pb2
 from rl_trainer.augment import Augmentation
 from rl_trainer.metrics import Curve
-from rl_trainer.sft import SftConfig, sft
+from rl_trainer.sft import SftConfig, _objective, sft
 from tests.trainer import fake_demonstrations as fake
 
 STILL = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
@@ -178,3 +180,12 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(
     assert process.returncode == 0 and time.monotonic() - began < 60
     assert load_checkpoint(tmp_path / "run/last").config.chunk_length == 2
     assert (tmp_path / "run/state.safetensors").exists()
+
+
+def test_a_dimension_that_never_moves_keeps_hard_targets(tmp_path: Path, tiny_vla: Path) -> None:
+    config = VLAConfig.from_json(tiny_vla / "config.json")
+    statistics = {"action": {"q01": [-1.0, 0.0, -1.0], "q99": [1.0, 0.0, 1.0], "mask": [True, True, False]}}
+    config = replace(config, norm_stats={"tiny": statistics}, chunk_length=2)
+    objective = _objective(SftConfig(data=(), out=tmp_path, steps=1, unnorm_key="tiny", gripper_weight=3.0), config)
+    assert objective.smooth_N.tolist() == [True, False, False] * 2
+    assert objective.weight_N.tolist() == [1.0, 1.0, 3.0] * 2
