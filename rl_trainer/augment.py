@@ -23,7 +23,7 @@ class Augmentation:
     contrast: float = 0.2
     saturation: float = 0.2
     shift_px: int = 0
-    """the frame is shifted by up to this many pixels each way, its edge repeated; to a camera that is fixed to the world
+    """the frame is shifted by up to this many pixels each way, its edge repeated; to a camera fixed to the world
     a pixel is a place, and a shift costs precision"""
     state_noise: float = 0.02
     """standard deviation of the noise on the state, in standard deviations of the training data"""
