@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sim import assets
 from sim.expert import CLOSED, OPEN, Aim, Expert
 from sim.expert_skills import PickPlace
 from sim.expert_tasks import RECIPES, experts_of, recipe_for
 from sim.scene import Scene
 from sim.suites import find_suite, find_task
-
-needs_libero = pytest.mark.skipif(not assets.has_libero(), reason="LIBERO or its assets are not installed")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,6 @@ def test_every_recipe_is_for_a_task_of_its_suite(suite: str) -> None:
 
 
 @pytest.mark.libero
-@needs_libero
 @pytest.mark.parametrize("task_id", ["libero_object/1", "libero_goal/8"])
 def test_liberos_tasks_are_solved_from_fixed_states(task_id: str) -> None:
     scene = Scene(find_task(task_id))

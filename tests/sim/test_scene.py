@@ -8,14 +8,12 @@ import gc
 import numpy as np
 import pytest
 
-from sim import assets
 from sim.fresh_states import draw_checksum
 from sim.initial_states import fixed_state, fresh_list
 from sim.scene import Scene
 from sim.suites import find_task
 from tests.sim.stock import StockEnv, expert_actions
 
-needs_libero = pytest.mark.skipif(not assets.has_libero(), reason="LIBERO or its assets are not installed")
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 
@@ -32,7 +30,6 @@ def stock_proprio(observation: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.libero
-@needs_libero
 @pytest.mark.parametrize("task_id", ["libero_object/0", "libero_goal/1", "libero_spatial/4"])
 def test_images_and_state_equal_liberos_own_along_two_episodes(task_id: str) -> None:
     task = find_task(task_id)
@@ -50,7 +47,6 @@ def test_images_and_state_equal_liberos_own_along_two_episodes(task_id: str) -> 
 
 
 @pytest.mark.libero
-@needs_libero
 def test_a_burner_lights_in_the_same_image_as_liberos() -> None:
     task = find_task("libero_goal/7")
     stock, scene = StockEnv(task), Scene(task)
@@ -70,7 +66,6 @@ def test_a_burner_lights_in_the_same_image_as_liberos() -> None:
 
 
 @pytest.mark.libero
-@needs_libero
 @pytest.mark.parametrize("task_id", ["libero_object/3", "libero_spatial/0"])
 def test_listed_fresh_states_are_drawn_again_exactly(task_id: str) -> None:
     entry = fresh_list()[task_id]
@@ -78,7 +73,6 @@ def test_listed_fresh_states_are_drawn_again_exactly(task_id: str) -> None:
 
 
 @pytest.mark.libero
-@needs_libero
 def test_a_reset_is_a_function_of_the_state_alone() -> None:
     scene = Scene(find_task("libero_goal/1"))
     first = {}

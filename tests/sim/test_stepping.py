@@ -10,7 +10,6 @@ import mujoco
 import numpy as np
 import pytest
 
-from sim import assets
 from sim.contacts import ContactCheck
 from sim.scene import Scene
 from sim.stepping import FastStepper, Registers, StockStepper
@@ -34,8 +33,6 @@ class TwoSteppers:
     """Both ways to step one scene, from the same state."""
 
     def __init__(self, task_id: str) -> None:
-        if task_id.startswith("libero") and not assets.has_libero():
-            pytest.skip("LIBERO or its assets are not installed")
         self.scene = Scene(find_task(task_id), fast=False)
         self.stock, self.fast = StockStepper(self.scene.env), FastStepper(self.scene.env)
         self.contact = ContactCheck(self.scene.env)

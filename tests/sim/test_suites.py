@@ -14,8 +14,6 @@ LIBERO_SUITES = [name for name, suite in SUITES.items() if suite.simulator == "l
 @pytest.mark.parametrize("name", LIBERO_SUITES)
 @pytest.mark.libero
 def test_tasks_instructions_and_fixed_states_are_liberos(name: str) -> None:
-    if not assets.has_libero():
-        pytest.skip("LIBERO or its assets are not installed")
     pytest.importorskip("torch", reason="LIBERO's own table needs torch")
     assets.load_libero()
     from libero.libero.benchmark import get_benchmark
