@@ -3,6 +3,7 @@
 #   make test                             the whole test suite
 #   make demo                             server + simulated arm + a picture of what it does
 #   make check                            lint, format, types, import contracts, generated code
+#   make nano                             the embedded default model again, from nothing, in two and a half hours
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -27,6 +28,36 @@ check: .venv/dev.done
 	$(BIN)/lint-imports
 	$(MAKE) protos
 	git diff --exit-code -- "protos/*_pb2*"
+
+# nano's recipe: demonstrations, cloning, corrections on the learner's own states, cloning.  An interrupted run goes on
+# at the step it was in; the result is runs/nano/second/last.
+NANO  := runs/nano
+DEMOS := $(BIN)/python -m sim demos
+SFT   := OMP_NUM_THREADS=1 $(BIN)/python -m rl_trainer sft --data $(NANO)/demos --ranks 2 --autocast --bin-smoothing 2
+
+nano: $(NANO)/second.done
+
+$(NANO)/demos.done: .venv/dev.done
+	$(DEMOS) --out $(NANO)/demos/lift --suite robosuite --tasks 0 --episodes-per-task 240 --stride 2
+	$(DEMOS) --out $(NANO)/demos/stack_can --suite robosuite --tasks 1 2 --episodes-per-task 120 --stride 4
+	$(DEMOS) --out $(NANO)/demos/libero_goal --suite libero_goal --episodes-per-task 50 --stride 5
+	$(DEMOS) --out $(NANO)/demos/libero_object --suite libero_object --episodes-per-task 60 --stride 5
+	@touch $@
+
+$(NANO)/first.done: $(NANO)/demos.done
+	$(SFT) --out $(NANO)/first --minutes 30
+	@touch $@
+
+$(NANO)/corrections.done: CORRECT := $(DEMOS) --learner $(NANO)/first/last --seed 1
+$(NANO)/corrections.done: $(NANO)/first.done
+	$(CORRECT) --out $(NANO)/demos/lift_corrections --suite robosuite --tasks 0 --episodes-per-task 120 --stride 2
+	$(CORRECT) --out $(NANO)/demos/libero_goal_corrections --suite libero_goal --episodes-per-task 30 --stride 5 --stretch-ticks 10 60
+	$(CORRECT) --out $(NANO)/demos/libero_object_corrections --suite libero_object --episodes-per-task 40 --stride 5 --stretch-ticks 10 60
+	@touch $@
+
+$(NANO)/second.done: $(NANO)/corrections.done
+	$(SFT) --out $(NANO)/second --init $(NANO)/first/last --learning-rate 8e-4 --minutes 55
+	@touch $@
 
 # The oldest generator that any supported environment accepts, in an environment of its own.
 protos: .venv/protoc.done
@@ -65,4 +96,4 @@ osmesa:
 	  || sudo -n apt-get install -y -qq libosmesa6 >/dev/null 2>&1 \
 	  || { echo "libOSMesa is missing: install it (Debian, Ubuntu: sudo apt-get install libosmesa6), then run make again"; exit 1; }
 
-.PHONY: serve test demo check protos osmesa
+.PHONY: serve test demo check nano protos osmesa

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import tyro
 
-from sim.demo import served
 from sim.evaluate import EvaluateConfig, evaluate
+from sim.local_server import served
 
 FLOOR_PER_MINUTE = 0.8 * 48
 """80 % of what a throwaway trial reached in one process without a network (bowl tasks, two cores)."""

@@ -268,7 +268,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     async def _close(self, episode: Episode, *, error: str) -> None:
         end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns())
         with contextlib.suppress(Refused):  # a full disk: lose() has said so
-            await self._begin_close(episode, end, [])
+            await asyncio.shield(self._begin_close(episode, end, []))  # who waits may be cancelled, the closing not
 
     def _start_record(
         self, episode_id: str, version: int, request: policy_pb2.StartEpisodeRequest

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +13,12 @@ from robot_client.arm import ArmState, Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
 from robot_client.episode import EpisodeConfig
-from robot_client.errors import PolicyError
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from sim import assets
 from sim.evaluate import episode_seed
 from sim.libero_arm import LiberoArm
+from sim.local_server import served
 from sim.scene import Scene
 from sim.suites import Task as SuiteTask
 from sim.suites import find_task
@@ -118,38 +112,3 @@ class Camera(Observer):
     def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
         if state.tick % self._every == 0:
             self.frames.append(self._scene.render(self._camera, self._size_px, self._size_px))
-
-
-@contextmanager
-def served(server: str, *, patience_s: float = 120.0) -> Iterator[str]:
-    """The address of a server that answers: the one given, or a child process with the embedded default model."""
-    if server:
-        yield server
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    print("starting a policy server ...", flush=True)
-    child = subprocess.Popen([sys.executable, "-m", "policy_server", "serve", "--port", str(port)])
-    try:
-        _wait_until_it_answers(child, address, patience_s)
-        yield address
-    finally:
-        child.terminate()
-        child.wait(30)
-
-
-def _wait_until_it_answers(child: subprocess.Popen, address: str, patience_s: float) -> None:
-    give_up = time.monotonic() + patience_s
-    while True:
-        try:
-            with PolicyClient(address, deadline_s=2.0) as client:
-                client.spec()
-            return
-        except PolicyError as error:
-            if child.poll() is not None:
-                raise SystemExit(f"the policy server ended with code {child.returncode}") from error
-            if time.monotonic() > give_up:
-                raise SystemExit(f"the policy server did not answer within {patience_s:.0f} s: {error}") from error
-            time.sleep(0.2)

@@ -27,6 +27,7 @@ from sim.expert import Expert
 from sim.expert_tasks import experts_of, recipe_for
 from sim.job_queue import Finished, Job
 from sim.libero_arm import LiberoArm
+from sim.local_server import served
 from sim.pool import Answer, Pool, Progress, Runner
 from sim.recorder import Plan, Recorded, Recorder
 from sim.scene import Scene
@@ -75,6 +76,8 @@ class DemosConfig:
     """Longest distance between the arm's given start and where a recording begins."""
     server: str = ""
     """HOST:PORT of a policy that takes turns with the expert, to be corrected; none given: the expert alone."""
+    learner: str = ""
+    """The same for a checkpoint's folder or hub id, for which a server is started."""
     stretch_ticks: tuple[int, int] = (8, 40)
     """Shortest and longest turn, when there is a policy."""
     processes: int = 2
@@ -93,12 +96,17 @@ class DemosConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 1 <= self.stretch_ticks[0] <= self.stretch_ticks[1]:
             raise ValueError(f"stretch_ticks must be 1 <= shortest <= longest, got {self.stretch_ticks}")
+        if self.server and self.learner:
+            raise ValueError(f"the policy is a server's or a checkpoint, got {self.server!r} and {self.learner!r}")
         if not 0 <= self.noise_memory < 1:
             raise ValueError(f"noise_memory must be in [0, 1), got {self.noise_memory}")
 
 
 def record_demos(config: DemosConfig) -> int:
     """Records what is missing in the folder and reports; the exit code is 1 when episodes are missing in the end."""
+    if config.learner:
+        with served(model=config.learner) as address:
+            return record_demos(replace(config, learner="", server=address))
     suite = find_suite(config.suite)
     plans = plan(config, suite)
     config.out.mkdir(parents=True, exist_ok=True)

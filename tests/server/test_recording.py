@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import grpc
@@ -131,6 +132,23 @@ def test_a_server_that_stops_closes_its_open_episodes_as_errors(tmp_path):
     (episode,) = whole(tmp_path)
     assert len(episode.decisions) == 1
     assert (episode.end.outcome, episode.end.message) == (episode_pb2.OUTCOME_ERROR, "the server stopped")
+
+
+def test_a_stop_does_not_disturb_an_episode_that_is_being_closed(tmp_path):
+    closing, disk_is_free = threading.Event(), threading.Event()
+
+    class SlowStore(EpisodeStore):
+        def finish(self, writer, end):
+            closing.set()
+            assert disk_is_free.wait(10)
+            return super().finish(writer, end)
+
+    with serving(FakeModel(), store=SlowStore(tmp_path), episode_idle_s=0.2) as server:
+        server.policy.StartEpisode(messages.start())
+        assert closing.wait(10)
+        threading.Timer(0.5, disk_is_free.set).start()  # when the server is stopping
+    (episode,) = whole(tmp_path)
+    assert "nothing was heard of it" in episode.end.message
 
 
 def test_a_full_disk_refuses_new_episodes_before_any_work(tmp_path):

@@ -116,6 +116,14 @@ def test_states_that_evaluations_report_on_are_refused(tmp_path: Path, split: st
         DemosConfig(split=split, out=tmp_path)
 
 
+def test_a_learner_is_a_server_or_a_checkpoint_and_is_looked_for_before_anything_is_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a server's or a checkpoint, got 'localhost:1' and 'nano'"):
+        config_for(tmp_path, server="localhost:1", learner="nano")
+    with pytest.raises(SystemExit, match="the policy server ended with code 2"):
+        record_demos(config_for(tmp_path / "demos", learner=str(tmp_path / "nothing")))
+    assert not (tmp_path / "demos").exists()
+
+
 def test_a_task_without_an_expert_is_refused_by_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[7\]"):
         plan(DemosConfig(suite="robosuite", tasks=(7,), out=tmp_path), find_suite("robosuite"))
