@@ -45,7 +45,7 @@ $(NANO)/demos.done: .venv/dev.done
 	@touch $@
 
 $(NANO)/first.done: $(NANO)/demos.done
-	$(SFT) --out $(NANO)/first --minutes 30
+	$(SFT) --out $(NANO)/first --minutes 25
 	@touch $@
 
 $(NANO)/corrections.done: CORRECT := $(DEMOS) --learner $(NANO)/first/last --seed 1
@@ -56,7 +56,7 @@ $(NANO)/corrections.done: $(NANO)/first.done
 	@touch $@
 
 $(NANO)/second.done: $(NANO)/corrections.done
-	$(SFT) --out $(NANO)/second --init $(NANO)/first/last --learning-rate 8e-4 --minutes 55
+	$(SFT) --out $(NANO)/second --init $(NANO)/first/last --learning-rate 8e-4 --minutes 50
 	@touch $@
 
 # The oldest generator that any supported environment accepts, in an environment of its own.
