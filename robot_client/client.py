@@ -96,6 +96,7 @@ class PolicyClient:
                 asset_tree=arm.asset_tree,
                 tick_rate_hz=arm.tick_rate_hz,
                 request_id=uuid.uuid4().hex,
+                lease_id=rollout.lease_id,
             ),
         )
         return Opened(episode_id=reply.episode_id, version=reply.version, seed=reply.seed)

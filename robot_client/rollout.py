@@ -25,6 +25,8 @@ class Rollout:
     """Weights to pin the episode to; None is the live version."""
     follow_live: bool = False
     """Change to newer weights during the episode."""
+    lease_id: str = ""
+    """The lease it runs under (robot_client/leases.py); the server then knows all but the arm."""
 
 
 @dataclass(frozen=True, kw_only=True)

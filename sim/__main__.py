@@ -1,4 +1,6 @@
-"""`python -m sim evaluate | demo | demos`: measure a served policy, watch it, record scripted demonstrations."""
+"""`python -m sim evaluate | worker | demo | demos | suites`: measure a policy, run queued work, watch it, record
+demonstrations, list tasks.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ from typing import Annotated
 import tyro
 
 from robot_client.errors import RobotError
-from sim import demo, demos, evaluate
+from sim import catalogue, demo, demos, evaluate, leasing
 from sim.assets import SimulatorUnavailable
 from sim.pool import PoolError
 
 COMMANDS: dict[type, Callable[..., int | None]] = {
     evaluate.EvaluateConfig: evaluate.main,
+    leasing.LeasingConfig: leasing.main,
     demo.DemoConfig: demo.main,
     demos.DemosConfig: demos.record_demos,
+    catalogue.CatalogueConfig: catalogue.main,
 }
 
 
@@ -26,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     config = tyro.cli(
         Annotated[evaluate.EvaluateConfig, tyro.conf.subcommand("evaluate")]
+        | Annotated[leasing.LeasingConfig, tyro.conf.subcommand("worker")]
         | Annotated[demo.DemoConfig, tyro.conf.subcommand("demo")]
-        | Annotated[demos.DemosConfig, tyro.conf.subcommand("demos")],
+        | Annotated[demos.DemosConfig, tyro.conf.subcommand("demos")]
+        | Annotated[catalogue.CatalogueConfig, tyro.conf.subcommand("suites")],
         args=arguments,
         prog="python -m sim",
         description=__doc__,

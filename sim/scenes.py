@@ -51,6 +51,11 @@ class Scenes:
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._scenes
 
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Task ids of the scenes in memory."""
+        return tuple(self._scenes)
+
     def of(self, task_id: str) -> Closable:
         """The task's scene, built when it is not held."""
         if task_id not in self._scenes:

@@ -76,10 +76,7 @@ def _run_group(
 ) -> Iterator[Answer]:
     first = next(jobs)
     progress("build")
-    scene = scenes.of(first.group)
-    assert isinstance(scene, Scene)
-    sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
-    arms = [LiberoArm(scene=scene, image_sizes=sizes) for _ in range(config.slots)]
+    arms = arms_on(scenes, first.group, client, config.slots)
 
     def rollouts() -> Iterator[Rollout]:
         yield first.payload
@@ -96,6 +93,14 @@ def _run_group(
     for result in results:
         yield _answer(result)
     scenes.require_budget()
+
+
+def arms_on(scenes: Scenes, task: str, client: PolicyClient, slots: int) -> list[LiberoArm]:
+    """So many arms, interleaved on the task's scene, that see what the client's policy wants to see."""
+    scene = scenes.of(task)
+    assert isinstance(scene, Scene)
+    sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
+    return [LiberoArm(scene=scene, image_sizes=sizes) for _ in range(slots)]
 
 
 def _answer(result: EpisodeResult) -> Answer:

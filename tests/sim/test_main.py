@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from protos import policy_pb2
 from sim.__main__ import main
 from tests.server.running import serving
@@ -21,3 +23,12 @@ def test_an_unknown_task_is_refused_before_anything_is_built(capsys):
     with serving(WanderingModel()) as server:
         assert main(["evaluate", "--server", server.address, "--suite", "robosuite", "--tasks", "7"]) == 2
     assert "must be in 0..2, got [7]" in capsys.readouterr().err
+
+
+def test_suites_are_listed_for_a_trainer(capsys):
+    assert main(["suites", "--suites", "robosuite", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["robosuite"]
+    assert listed["tasks"]["robosuite/0"] == "lift the red cube"
+    assert listed["splits"]["held_out"][0] == "seed:2000"
+    assert main(["suites", "--suites", "robosuite"]) == 0
+    assert "robosuite: 3 tasks" in capsys.readouterr().out

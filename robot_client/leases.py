@@ -1,0 +1,90 @@
+"""Work from the policy server's rollout queue: a lease is taken, kept by a thread, and let go with its episode."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from protos import rollout_pb2, rollout_pb2_grpc
+from protos.channel import dial
+from robot_client.errors import of_rpc
+
+log = logging.getLogger(__name__)
+
+RENEWALS = 3
+"""How often a lease is renewed within its time: two calls may be lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """One rollout to run; StartEpisode is given its id, and the server then knows the rest."""
+
+    lease_id: str
+    rollout: rollout_pb2.Rollout
+
+
+class Leases:
+    """The leases of one worker at HOST:PORT.  take() may raise a PolicyError; a lease that is lost is logged.
+
+    worker: a name of its own.  can_run: tasks, or suites as "libero_object/*".
+    """
+
+    def __init__(self, address: str, *, worker: str, can_run: Sequence[str], deadline_s: float = 10.0):
+        self._address, self._worker, self._can_run = address, worker, tuple(can_run)
+        self._deadline_s = deadline_s
+        self._channel = dial(address)
+        self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
+        self._held: set[str] = set()
+        self._lease_s = 1.0
+        self._closed = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="leases", daemon=True)
+        self._keeper.start()
+
+    def take(self, *, holds: Sequence[str] = (), only_held: bool = False, wait_s: float = 0.0) -> Lease | None:
+        """A rollout, preferably of a task in `holds` (with only_held: of no other); None when none came in wait_s."""
+        request = rollout_pb2.LeaseRolloutRequest(
+            worker=self._worker,
+            can_run=self._can_run,
+            holds=holds,
+            only_held=only_held,
+            wait_ms=round(1e3 * wait_s),
+        )
+        try:
+            reply = self._stub.LeaseRollout(request, timeout=self._deadline_s + wait_s)
+        except grpc.RpcError as failure:
+            raise of_rpc(failure, self._address) from None
+        if not reply.HasField("rollout"):
+            return None
+        self._lease_s = reply.lease_ms / 1e3
+        self._held.add(reply.lease_id)
+        return Lease(lease_id=reply.lease_id, rollout=reply.rollout)
+
+    def let_go(self, lease_id: str) -> None:
+        """Its episode has ended: it is renewed no more."""
+        self._held.discard(lease_id)
+
+    def close(self) -> None:
+        """Renews no more leases; what is held goes back to the queue when its time is over."""
+        self._closed.set()
+        self._keeper.join()
+        self._channel.close()
+
+    def _keep(self) -> None:
+        while not self._closed.wait(self._lease_s / RENEWALS):
+            for lease_id in list(self._held):
+                self._renew(lease_id)
+
+    def _renew(self, lease_id: str) -> None:
+        request = rollout_pb2.RenewLeaseRequest(lease_id=lease_id)
+        try:
+            held = self._stub.RenewLease(request, timeout=self._lease_s / RENEWALS).held
+        except grpc.RpcError as failure:
+            log.warning("lease %s was not renewed: %s", lease_id, of_rpc(failure, self._address))
+            return
+        if not held and lease_id in self._held:
+            log.warning("lease %s was lost: its episode will not count", lease_id)
+            self.let_go(lease_id)

@@ -1,0 +1,166 @@
+"""Workers of a training run: processes that lease rollouts from the policy server's queue, as long as there is one.
+
+A worker that dies or stands still is replaced; what it had leased goes back to the queue when it is no longer renewed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from protos import episode_pb2, rollout_pb2
+from robot_client.arm import Task
+from robot_client.client import PolicyClient
+from robot_client.drivers import run_lockstep
+from robot_client.errors import PolicyError
+from robot_client.leases import Lease, Leases
+from robot_client.rollout import Purpose, Rollout
+from sim import assets
+from sim.evaluate import WORKER_ENVIRONMENT
+from sim.job_queue import Job
+from sim.pool import Answer, Deadlines, Pool, Progress, Runner
+from sim.scene import Scene
+from sim.scenes import Scenes, default_budget_gb
+from sim.suites import SUITES, find_suite, find_task
+from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on
+
+logger = logging.getLogger(__name__)
+
+LEASE_WAIT_S = 2.0
+"""How long one call waits for work; between calls the worker shows that it lives."""
+PURPOSES: dict[episode_pb2.Purpose, Purpose] = {
+    episode_pb2.PURPOSE_TRAIN: "train",
+    episode_pb2.PURPOSE_EVALUATE: "evaluate",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeasingConfig:
+    """Runs rollouts of a policy server's queue in simulation, until told to stop."""
+
+    server: str = "localhost:50051"
+    """HOST:PORT of the policy server."""
+    suites: tuple[str, ...] = ()
+    """Suites that this worker runs; none given: all that can be built here."""
+    processes: int = 2
+    """Simulator processes; one a core."""
+    slots: int = 4
+    """Episodes interleaved in each."""
+    memory_gb: float = 0.0
+    """Memory a process may fill before it drops scenes, GiB; 0: a share of the machine's."""
+    step_deadline_s: float = 90.0
+    """A process without progress for so long is killed and replaced."""
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            find_suite(suite)
+        for name in ("processes", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def main(config: LeasingConfig) -> int:
+    """Runs until SIGINT or SIGTERM."""
+    worker = WorkerConfig(
+        server=config.server,
+        slots=config.slots,
+        memory_gb=config.memory_gb or default_budget_gb(config.processes),
+    )
+    can_run = tuple(f"{suite}/*" for suite in config.suites or suites_here())
+    logger.info("%d processes take rollouts of %s from %s", config.processes, ", ".join(can_run), config.server)
+    with Pool(
+        functools.partial(make_runner, worker, can_run),
+        processes=config.processes,
+        deadlines=Deadlines(step=config.step_deadline_s),
+        env=WORKER_ENVIRONMENT,
+        attempts=sys.maxsize,
+    ) as pool:
+        posts = [
+            Job(key=f"process {number}", group=f"process {number}", payload=None) for number in range(config.processes)
+        ]
+        for _ in pool.run(posts):  # a post never ends: a lost process is replaced at its post
+            pass
+    return 0
+
+
+def suites_here() -> tuple[str, ...]:
+    """The suites whose simulator and assets are installed."""
+    return tuple(name for name, suite in SUITES.items() if suite.simulator == "robosuite" or assets.has_libero())
+
+
+def make_runner(config: WorkerConfig, can_run: tuple[str, ...]) -> Runner:
+    """What a process runs; called in that process."""
+    scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
+    client = PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S)
+    leases = Leases(config.server, worker=f"{socket.gethostname()}-{os.getpid()}", can_run=can_run)
+    return functools.partial(_man_post, config, client, leases, scenes)
+
+
+def _man_post(
+    config: WorkerConfig, client: PolicyClient, leases: Leases, scenes: Scenes, jobs: Iterator[Job], progress: Progress
+) -> Iterator[Answer]:
+    """Takes leases for ever; a generator without a value, since a post is never done."""
+    next(jobs)
+    while True:
+        progress("step")
+        lease = _take(leases, scenes)
+        if lease is not None:
+            progress("build")
+            _run_leases(config, client, leases, scenes, lease, progress)
+            scenes.require_budget()
+    yield
+
+
+def _take(leases: Leases, scenes: Scenes) -> Lease | None:
+    try:
+        return leases.take(holds=scenes.held, wait_s=LEASE_WAIT_S)
+    except PolicyError as error:
+        logger.warning("no work: %s", error)
+        time.sleep(LEASE_WAIT_S)
+        return None
+
+
+def _run_leases(
+    config: WorkerConfig, client: PolicyClient, leases: Leases, scenes: Scenes, first: Lease, progress: Progress
+) -> None:
+    """Runs one lease and, interleaved with it, whatever else there is to do on its scene."""
+    task = first.rollout.task
+    arms = arms_on(scenes, task, client, config.slots)
+
+    def rollouts() -> Iterator[Rollout]:
+        lease: Lease | None = first
+        while lease is not None:
+            yield rollout_of(lease)
+            progress("step")
+            try:
+                lease = leases.take(holds=[task], only_held=True)
+            except PolicyError:
+                return  # what is under way goes on, and is told so
+
+    results = run_lockstep(
+        arms, rollouts(), client, observers=lambda _: [Heartbeat(progress)], on_wait=lambda: progress("step")
+    )
+    for result in results:
+        leases.let_go(result.rollout.lease_id)
+        if result.outcome == "error":
+            logger.warning("%s %s: %s", task, result.rollout.task.initial_state, result.message)
+
+
+def rollout_of(lease: Lease) -> Rollout:
+    """The leased work in the client's words; the task's instruction and time limit come from its suite."""
+    leased: rollout_pb2.Rollout = lease.rollout
+    task = find_task(leased.task)
+    return Rollout(
+        task=Task(
+            name=task.id, instruction=task.instruction, initial_state=leased.initial_state, max_ticks=task.max_ticks
+        ),
+        purpose=PURPOSES[leased.purpose],
+        temperature=leased.temperature,
+        lease_id=lease.lease_id,
+    )
