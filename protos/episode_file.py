@@ -37,6 +37,21 @@ class Episode:
     ticks: list[episode_pb2.Tick]
     end: episode_pb2.EpisodeEnd
 
+    @classmethod
+    def of(cls, records: list[episode_pb2.EpisodeRecord], name: str) -> Episode:
+        """From its records, off disk or off the wire.  Raises DamagedEpisode when they are not one episode."""
+        kinds = [record.WhichOneof("record") for record in records]
+        if len(kinds) < 2 or kinds[0] != "start" or kinds[-1] != "end" or {"start", "end"} & set(kinds[1:-1]):
+            raise DamagedEpisode(
+                f"{name}: records must be start, decisions and executed ticks, end; got {kinds[:1]}...{kinds[-1:]}"
+            )
+        return cls(
+            start=records[0].start,
+            decisions=[record.decision for record in records if record.HasField("decision")],
+            ticks=[tick for record in records if record.HasField("executed") for tick in record.executed.ticks],
+            end=records[-1].end,
+        )
+
 
 class EpisodeWriter:
     """Appends the records of one episode.
@@ -95,18 +110,7 @@ class EpisodeWriter:
 
 def read_episode(path: Path) -> Episode:
     """The whole episode at path.  Raises DamagedEpisode when the file is cut, altered or not an episode."""
-    records = list(_records(path, path.read_bytes()))
-    kinds = [record.WhichOneof("record") for record in records]
-    if len(kinds) < 2 or kinds[0] != "start" or kinds[-1] != "end" or {"start", "end"} & set(kinds[1:-1]):
-        raise DamagedEpisode(
-            f"{path.name}: records must be start, decisions and executed ticks, end; got {kinds[:1]}...{kinds[-1:]}"
-        )
-    return Episode(
-        start=records[0].start,
-        decisions=[record.decision for record in records if record.HasField("decision")],
-        ticks=[tick for record in records if record.HasField("executed") for tick in record.executed.ticks],
-        end=records[-1].end,
-    )
+    return Episode.of(list(_records(path, path.read_bytes())), path.name)
 
 
 def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:

@@ -1,0 +1,112 @@
+"""The processes of a run on this machine: a policy server and simulator workers, started, watched, and restarted."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+WATCH_S = 0.5
+CALM_S = 60.0
+"""A child that ran for so long was well: its earlier deaths are forgotten."""
+DEATHS = 10
+"""How often a child may die, with no calm between, before it is left alone."""
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class Child:
+    """One command that is started again when it ends, with its output in a log file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, *, on_loss: Callable[[str], None]):
+        self.name, self._command, self._log, self._on_loss = name, list(command), log, on_loss
+        self._deaths = 0
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def watch(self) -> None:
+        """Starts it again if it has ended; called often.  Raises ChildFailed when that does not help."""
+        code = self._process.poll()
+        if code is None:
+            return
+        calm = time.monotonic() - self._started_s > CALM_S
+        self._deaths = 1 if calm else self._deaths + 1
+        if self._deaths > DEATHS:
+            raise ChildFailed(f"{self.name} ended {DEATHS} times in a row, the last with code {code}; see {self._log}")
+        self._on_loss(f"{self.name} ended with code {code}: started again")
+        self._start()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        self._started_s = time.monotonic()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
+
+
+class ChildFailed(RuntimeError):
+    """A process of the run cannot be kept alive."""
+
+
+def die_with_parent() -> None:
+    """In a child on Linux: SIGTERM when the parent is gone, however it went."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def kept_alive(children: Sequence[Child]) -> Iterator[Callable[[], None]]:
+    """Watches the children in a thread; gives a check that raises ChildFailed once one is beyond help."""
+    failed: list[ChildFailed] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH_S) and not failed:
+            try:
+                for child in children:
+                    child.watch()
+            except ChildFailed as error:
+                failed.append(error)
+
+    def check() -> None:
+        if failed:
+            raise failed[0]
+
+    watcher = threading.Thread(target=watch, name="children", daemon=True)
+    watcher.start()
+    try:
+        yield check
+    finally:
+        over.set()
+        watcher.join()
+        for child in reversed(children):
+            child.stop()

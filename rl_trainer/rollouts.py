@@ -1,0 +1,135 @@
+"""Collecting experience: rollouts go to the server's queue, the episodes that come of them are read from a cursor.
+
+Survives a server that is killed and comes back: what has not come in is asked for again, and a rollout counts once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
+from protos.channel import DEFAULT_DEADLINE_S, dial
+from protos.episode_file import Episode
+
+POLL_S = 0.25
+"""How soon a finished episode is noticed."""
+LOOK_S = 5.0
+"""How often the queue is asked what became of the rest."""
+
+T = TypeVar("T")
+
+
+class ServerGone(RuntimeError):
+    """The policy server could not be reached for as long as the run is patient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A rollout and what came of it."""
+
+    rollout: rollout_pb2.Rollout
+    episode: Episode | None
+    """None: every attempt ended as an error"""
+    errors: tuple[str, ...] = ()
+
+
+class RolloutQueue:
+    """The server's queue at HOST:PORT as one run sees it.
+
+    cursor: the sequence number of the last episode that was read; to be kept in the run's checkpoint.
+    patience_s: how long the server may be away before ServerGone is raised.
+    """
+
+    def __init__(self, address: str, *, run: str, cursor: int = 0, patience_s: float = 300.0):
+        self.run, self.cursor = run, cursor
+        self.damaged: list[str] = []
+        self._address, self._patience_s = address, patience_s
+        self._channel = dial(address)
+        self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
+        self._outstanding: dict[str, rollout_pb2.Rollout] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """Rollouts that have not come in yet."""
+        return len(self._outstanding)
+
+    def enqueue(self, rollouts: Sequence[rollout_pb2.Rollout]) -> None:
+        """Asks for rollouts; their ids begin with the run's name and a slash."""
+        self._outstanding |= {rollout.rollout_id: rollout for rollout in rollouts}
+        self._call(lambda: self._enqueue(rollouts))
+
+    def finished(self) -> Iterator[Finished]:
+        """Each outstanding rollout once, as it comes in, until none is left."""
+        looked_s = 0.0
+        while self._outstanding:
+            episodes = self._call(self._read)
+            for sequence, episode in episodes:
+                rollout = self._outstanding.pop(episode.start.rollout_id, None)
+                self.cursor = sequence
+                if rollout is not None:
+                    yield Finished(rollout=rollout, episode=episode)
+            if not episodes and time.monotonic() - looked_s > LOOK_S:
+                yield from self._look()
+                looked_s = time.monotonic()
+            elif not episodes:
+                time.sleep(POLL_S)
+
+    def commit(self) -> None:
+        """Everything read so far is in a checkpoint: the server may delete it."""
+        request = rollout_pb2.CommitCursorRequest(reader=self.run, cursor=self.cursor)
+        self._call(lambda: self._stub.CommitCursor(request, timeout=DEFAULT_DEADLINE_S))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _read(self) -> list[tuple[int, Episode]]:
+        """The counted episodes after the cursor, with their sequence numbers."""
+        request = rollout_pb2.StreamEpisodesRequest(cursor=self.cursor, run=self.run)
+        read, records = [], list[episode_pb2.EpisodeRecord]()
+        for part in self._stub.StreamEpisodes(request, timeout=self._patience_s):
+            if part.damaged:
+                self.damaged.append(part.damaged)
+            if not part.HasField("record"):
+                continue
+            records.append(part.record)
+            if part.record.HasField("end"):
+                episode = Episode.of(records, f"episode {part.sequence} of the server")
+                if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
+                    read.append((part.sequence, episode))
+                records = []
+        return read
+
+    def _look(self) -> Iterator[Finished]:
+        """Gives what the server has set aside, and asks again for what a restarted server has forgotten."""
+        status = self._call(
+            lambda: self._stub.GetQueue(rollout_pb2.GetQueueRequest(run=self.run), timeout=DEFAULT_DEADLINE_S)
+        )
+        for aside in status.set_aside:
+            rollout = self._outstanding.pop(aside.rollout.rollout_id, None)
+            if rollout is not None:
+                yield Finished(rollout=rollout, episode=None, errors=tuple(aside.errors))
+        if status.waiting + status.leased < self.outstanding:
+            self._call(lambda: self._enqueue(list(self._outstanding.values())))
+
+    def _enqueue(self, rollouts: Sequence[rollout_pb2.Rollout]) -> None:
+        request = rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts)
+        self._stub.EnqueueRollouts(request, timeout=DEFAULT_DEADLINE_S)
+
+    def _call(self, call: Callable[[], T]) -> T:
+        """The call's answer, tried again while the server is away.  Raises ServerGone, and RpcError for a refusal."""
+        give_up_at = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return call()
+            except grpc.RpcError as error:
+                code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
+            if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ValueError(f"{self._address} refused: {details}")
+            if time.monotonic() > give_up_at:
+                raise ServerGone(f"{self._address} has been away for {self._patience_s:.0f} s: {details}")
+            time.sleep(1.0)
