@@ -9,58 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.episodes import Episode, Episodes, Flight
-from policy_server.errors import Abandoned, BadRequest, InternalFault, Refused, Superseded, Unavailable
+from policy_server.errors import Abandoned, BadRequest, Refused, Superseded, Unavailable
 from policy_server.observation import Observed, check_ticks, read_observation
+from policy_server.refusals import refusals_only, refusing
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc
 from protos.codec import encode_tensor
 
 log = logging.getLogger(__name__)
 
-REFUSAL_KEY = "vla-rl-refusal-bin"
 STREAM_DEPTH = 256
 """Requests of one stream that may be under way; the rest waits in the client's flow control."""
 RETRY_SOON_MS = 500
 
 Prepare = Callable[[Observed], Any]
-
-
-@contextlib.contextmanager
-def refusals_only() -> Iterator[None]:
-    """Turns a fault of ours into a refusal: it costs one request, and nothing of it travels."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:
-        log.exception("a request failed inside the server")
-        raise InternalFault("the server failed on this request; its log says why") from error
-
-
-def refusing(handler):
-    """A unary handler whose Refused becomes the call's status, with the Refusal in the trailing metadata."""
-
-    @functools.wraps(handler)
-    async def answer(self, request, context):
-        try:
-            with refusals_only():
-                return await handler(self, request, context)
-        except Refused as refused:
-            metadata = ((REFUSAL_KEY, refused.message.SerializeToString()),)
-            await context.abort(refused.status, _sentence(refused), trailing_metadata=metadata)
-
-    return answer
 
 
 class PolicyService(policy_pb2_grpc.PolicyServicer):
@@ -332,7 +304,3 @@ def _reply(
         chunk=chunk,
         refusal=refusal,
     )
-
-
-def _sentence(refused: Refused) -> str:
-    return f"{refused.field}: {refused}" if refused.field else str(refused)

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from policy_server.service import REFUSAL_KEY
+from policy_server.refusals import REFUSAL_KEY
 from protos import episode_pb2, policy_pb2, tensor_pb2
 from protos.codec import encode_tensor
 from tests.server import messages

@@ -9,7 +9,7 @@ import time
 import grpc
 import pytest
 
-from policy_server.service import REFUSAL_KEY
+from policy_server.refusals import REFUSAL_KEY
 from protos import episode_pb2, policy_pb2
 from protos.codec import decode_tensor
 from tests.server import messages
