@@ -1,0 +1,104 @@
+"""The curriculum: which (task, initial state) to practise next, from how it went lately.
+
+    uniform    P = 1 / cells
+    paper      P ~ exp((0.5 - s) / tau), equation 4 of VLA-RL: the harder, the likelier
+    balanced   P ~ exp(-|0.5 - s| / tau): what its text says, the likeliest are those that succeed half of the time
+
+s is a cell's recent success rate.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Cell = tuple[str, str]
+"""(task, initial state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """How much more often some cells are practised than others."""
+
+    rule: Literal["uniform", "paper", "balanced"] = "balanced"
+    tau: float = 0.2
+    """the smaller, the sharper; the paper does not say"""
+    window: int = 8
+    """outcomes of a cell that are remembered"""
+    prior: float = 0.5
+    """success rate of a cell that was never tried"""
+    prior_weight: float = 1.0
+    """how many outcomes the prior counts as, once there are some"""
+    floor: float = 0.1
+    """share of the practice that is spread evenly, so that no cell is forgotten"""
+
+    def __post_init__(self) -> None:
+        if self.tau <= 0 or self.window < 1 or self.prior_weight <= 0:
+            raise ValueError(
+                f"tau and prior_weight must be above 0 and window >= 1, "
+                f"got {self.tau}, {self.prior_weight} and {self.window}"
+            )
+        if not 0 <= self.prior <= 1 or not 0 < self.floor <= 1:
+            raise ValueError(f"prior must be in [0, 1] and floor in (0, 1], got {self.prior} and {self.floor}")
+
+
+class Curriculum:
+    """Samples cells with random numbers of its own; what it remembers goes into a checkpoint."""
+
+    def __init__(self, cells: Sequence[Cell], config: CurriculumConfig, *, seed: int):
+        if not cells or len(set(cells)) < len(cells):
+            raise ValueError(
+                f"cells must differ and be at least one, got {len(cells)}, of them {len(set(cells))} different"
+            )
+        self.cells, self._config = tuple(cells), config
+        self._outcomes = {cell: deque[int](maxlen=config.window) for cell in cells}
+        self._rng = np.random.default_rng(seed)
+
+    def observe(self, task: str, initial_state: str, success: bool) -> None:
+        """How an episode ended.  An error says nothing about a cell, and does not belong here."""
+        if (task, initial_state) not in self._outcomes:
+            raise ValueError(f"({task!r}, {initial_state!r}) is none of the curriculum's {len(self.cells)} cells")
+        self._outcomes[task, initial_state].append(int(success))
+
+    @property
+    def success_rates(self) -> np.ndarray:
+        """float64, one a cell: of its remembered outcomes and the prior."""
+        prior, weight = self._config.prior, self._config.prior_weight
+        remembered = self._outcomes.values()
+        return np.array([(prior * weight + sum(past)) / (weight + len(past)) for past in remembered])
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64, one a cell, summing to 1."""
+        exponents, floor = self._exponents() / self._config.tau, self._config.floor
+        weights = np.exp(exponents - exponents.max())
+        return (1 - floor) * weights / weights.sum() + floor / len(weights)
+
+    def sample(self, count: int, *, group: int = 1) -> list[Cell]:
+        """`count` cells, each `group` times in a row; groups of a method that compares episodes are of one cell."""
+        drawn = self._rng.choice(len(self.cells), count, p=self.probabilities)
+        return [self.cells[index] for index in drawn for _ in range(group)]
+
+    def state(self) -> dict[str, Any]:
+        """Everything a continuation needs, as JSON can hold it."""
+        outcomes = [[*cell, list(past)] for cell, past in self._outcomes.items()]
+        return {"outcomes": outcomes, "rng": self._rng.bit_generator.state}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes what state() gave.  Raises ValueError when it is of other cells."""
+        outcomes = {(task, initial_state): past for task, initial_state, past in state["outcomes"]}
+        if tuple(outcomes) != self.cells:
+            raise ValueError(f"the saved curriculum has {len(outcomes)} other cells than the {len(self.cells)} of this")
+        for cell, past in outcomes.items():
+            self._outcomes[cell] = deque(past, maxlen=self._config.window)
+        self._rng.bit_generator.state = state["rng"]
+
+    def _exponents(self) -> np.ndarray:
+        distance = 0.5 - self.success_rates
+        if self._config.rule == "paper":
+            return distance
+        return -np.abs(distance) if self._config.rule == "balanced" else np.zeros(len(distance))
