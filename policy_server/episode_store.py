@@ -1,30 +1,48 @@
 """Finished episodes on disk, numbered in the order they were finished.
 
-    FOLDER/00000007-<episode id>.episode    whole; 7 is its sequence number
-    FOLDER/open/<episode id>.episode.partial   being written
-    FOLDER/set_aside/                          what a crash left unfinished
+    FOLDER/00000007-<episode id>.episode         whole; 7 is its sequence number
+    FOLDER/00000008-<episode id>.error.episode   whole; it ended as an error
+    FOLDER/open/<episode id>.episode.partial     being written
+    FOLDER/set_aside/                            what a crash left unfinished, and what can no longer be read
+    FOLDER/cursors.json                          how far each reader has safely read
 
 A number is given when an episode is whole, so that a reader that has seen number n never misses a smaller one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import logging
 import os
 import shutil
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from policy_server.errors import CannotStart, Overloaded
+from policy_server.cursors import Cursors, sync_folder
+from policy_server.errors import CannotStart, OutOfOrder, Overloaded
 from protos import episode_pb2
-from protos.episode_file import PARTIAL_SUFFIX, SUFFIX, EpisodeWriter
+from protos.episode_file import (
+    PARTIAL_SUFFIX,
+    SUFFIX,
+    DamagedEpisode,
+    EpisodeWriter,
+    read_episode,
+    read_records,
+    read_start,
+)
 
 log = logging.getLogger(__name__)
 
 FULL_DISK_RETRY_MS = 10_000
 DEFAULT_RESERVE_BYTES = 256 * 2**20
+ERROR_SUFFIX = f".error{SUFFIX}"
+LOST = (errno.ENOENT, errno.EIO)
+"""What the system says of a file that will never be read; its other errors pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +53,24 @@ class Stored:
     episode_id: str
     path: Path
     bytes: int
+    rollout_id: str = ""
+    """empty when it was nobody's work, or cannot be read"""
+    error: bool
+    """whether it ended as one"""
+    damaged: str = ""
+    """why it cannot be read any more"""
+
+    @property
+    def counted(self) -> bool:
+        """Whether its rollout is done by it."""
+        return bool(self.rollout_id) and not self.error and not self.damaged
 
 
 class EpisodeStore:
     """Thread-safe.
 
-    keep_bytes: the oldest episodes beyond this total are deleted; the newest always stays.  None keeps everything.
+    keep_bytes: the oldest episodes beyond this total are deleted, but none that a reader has yet to read; the newest
+    always stays.  None keeps everything.
     reserve_bytes: with less than this free on the disk no new episode is accepted, so that open ones can finish.
     Raises CannotStart when the folder cannot be used.
     """
@@ -48,20 +78,32 @@ class EpisodeStore:
     def __init__(self, folder: Path, *, keep_bytes: float | None = None, reserve_bytes: int = DEFAULT_RESERVE_BYTES):
         self._folder = folder
         self._open = folder / "open"
+        self._aside = folder / "set_aside"
         self._keep_bytes = keep_bytes
         self._reserve_bytes = reserve_bytes
         self._lock = threading.Lock()
+        self._stored: dict[int, Stored] = {}
+        self._sequences: dict[str, int] = {}
+        self._bytes = 0
+        self._last = 0
+        self._watchers: list[Future[None]] = []
+        self._laggard = ""
         try:
             self._open.mkdir(parents=True, exist_ok=True)
+            self._aside.mkdir(exist_ok=True)
             self._claim = os.open(self._open, os.O_RDONLY)  # held until close(), or until this process is gone
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._stored = {stored.episode_id: stored for stored in _scan(folder)}
-            self._last = max((stored.sequence for stored in self._stored.values()), default=0)
+            self._cursors = Cursors(folder / "cursors.json")
             self._recover()
         except BlockingIOError as error:
             raise CannotStart(f"the episode folder {str(folder)!r} is in use by another server") from error
         except OSError as error:
             raise CannotStart(f"the episode folder {str(folder)!r} cannot be used: {error.strerror}") from error
+
+    @property
+    def newest(self) -> int:
+        """The last sequence number that was given; 0 before the first."""
+        return self._last
 
     def open(self, start: episode_pb2.EpisodeStart) -> EpisodeWriter:
         """Begins the file of an episode.  Raises Overloaded when the disk is full."""
@@ -82,62 +124,177 @@ class EpisodeStore:
         """Makes the episode whole and gives its sequence number; after this it survives a power cut."""
         writer.finish(end)
         with self._lock:
-            sequence = self._number(writer.path)
+            sequence = self._number(writer.path, writer.start, end)
             self._forget_oldest()
         return sequence
 
     def find(self, episode_id: str) -> int | None:
         """The sequence number of a whole episode."""
         with self._lock:
-            stored = self._stored.get(episode_id)
-        return stored.sequence if stored is not None else None
+            return self._sequences.get(episode_id)
+
+    def counted_rollouts(self) -> list[str]:
+        """The rollouts that are done by an episode that lies here."""
+        with self._lock:
+            return [stored.rollout_id for stored in self._stored.values() if stored.counted]
+
+    def after(self, cursor: int) -> list[Stored]:
+        """What was finished after the episode numbered cursor, in order.  Raises OutOfOrder for a number not given."""
+        with self._lock:
+            self._check(cursor)
+            return [self._stored[n] for n in range(cursor + 1, self._last + 1) if n in self._stored]
+
+    def beyond(self, cursor: int) -> Future[None]:
+        """Done when an episode after the cursor is whole."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._last > cursor:
+                future.set_result(None)
+            else:
+                self._watchers.append(future)
+        return future
+
+    def records(self, stored: Stored) -> list[episode_pb2.EpisodeRecord]:
+        """An episode's records; none when it has been deleted meanwhile.
+
+        Raises DamagedEpisode, naming the file, when it cannot be read: it is set aside then.
+        """
+        if stored.damaged:
+            raise DamagedEpisode(stored.damaged)
+        try:
+            return read_records(stored.path)
+        except DamagedEpisode as error:
+            why = str(error)
+        except OSError as error:
+            if error.errno not in LOST:
+                raise
+            why = f"{stored.path.name}: cannot be read: {error.strerror}"
+        with self._lock:
+            now = self._stored.get(stored.sequence)
+            if now is None:
+                return []
+            raise DamagedEpisode(now.damaged or self._set_aside(now, why).damaged)
+
+    def commit(self, reader: str, cursor: int) -> None:
+        """The reader has safely read everything up to the cursor; nothing beyond it is deleted until the next commit.
+
+        Survives a power cut.  Raises OutOfOrder for a number that was never given, Overloaded when the disk refuses.
+        """
+        with self._lock:
+            self._check(cursor)
+            self._keep({**self._cursors.by_reader, reader: cursor})
+
+    def leave(self, reader: str) -> None:
+        """Nothing is kept for the reader any more.  Raises Overloaded when the disk refuses."""
+        with self._lock:
+            self._keep({name: cursor for name, cursor in self._cursors.by_reader.items() if name != reader})
 
     def close(self) -> None:
         """Lets another server use the folder."""
         os.close(self._claim)
 
-    def _number(self, whole: Path) -> int:
+    def _check(self, cursor: int) -> None:
+        if cursor > self._last:
+            raise OutOfOrder(f"must be at most {self._last}, the newest episode here, got {cursor}", field="cursor")
+
+    def _keep(self, cursors: Mapping[str, int]) -> None:
+        try:
+            self._cursors.write(cursors)
+        except OSError as error:
+            raise Overloaded(
+                f"the cursor could not be stored: {error.strerror}", retry_after_ms=FULL_DISK_RETRY_MS
+            ) from error
+        self._forget_oldest()
+
+    def _number(self, whole: Path, start: episode_pb2.EpisodeStart, end: episode_pb2.EpisodeEnd) -> int:
         sequence = self._last + 1
-        episode_id = whole.name.removesuffix(SUFFIX)
-        path = self._folder / f"{sequence:08d}-{episode_id}{SUFFIX}"
+        error = end.outcome == episode_pb2.OUTCOME_ERROR
+        path = self._folder / f"{sequence:08d}-{start.episode_id}{ERROR_SUFFIX if error else SUFFIX}"
         os.replace(whole, path)
-        _sync(self._folder)
-        size = path.stat().st_size
-        self._stored[episode_id] = Stored(sequence=sequence, episode_id=episode_id, path=path, bytes=size)
-        self._last = sequence
+        sync_folder(self._folder)
+        self._add(
+            Stored(
+                sequence=sequence,
+                episode_id=start.episode_id,
+                path=path,
+                bytes=path.stat().st_size,
+                rollout_id=start.rollout_id,
+                error=error,
+            )
+        )
+        self._wake()
         return sequence
+
+    def _add(self, stored: Stored) -> None:
+        self._stored[stored.sequence] = stored
+        self._sequences[stored.episode_id] = stored.sequence
+        self._bytes += stored.bytes
+        self._last = stored.sequence
+
+    def _wake(self) -> None:
+        watchers, self._watchers = self._watchers, []
+        for future in watchers:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
 
     def _forget_oldest(self) -> None:
         # The newest stays whatever its size: its name carries the sequence number across a restart.
-        total = sum(stored.bytes for stored in self._stored.values())
-        while self._keep_bytes is not None and total > self._keep_bytes and len(self._stored) > 1:
-            oldest = self._stored.pop(next(iter(self._stored)))
-            oldest.path.unlink(missing_ok=True)
-            total -= oldest.bytes
+        while self._keep_bytes is not None and self._bytes > self._keep_bytes and len(self._stored) > 1:
+            oldest = next(iter(self._stored.values()))
+            laggard = self._cursors.laggard(oldest.sequence)
+            if laggard is not None:
+                if laggard != self._laggard:
+                    log.warning("the episode store is over its bound: it keeps what reader %r has not read", laggard)
+                self._laggard = laggard
+                return
+            del self._stored[oldest.sequence], self._sequences[oldest.episode_id]
+            self._bytes -= oldest.bytes
+            with contextlib.suppress(OSError):  # then it is there again after a restart
+                oldest.path.unlink()
+
+    def _set_aside(self, stored: Stored, why: str) -> Stored:
+        aside = self._aside / stored.path.name
+        with contextlib.suppress(OSError):  # whatever ails the disk, it is not read again
+            os.replace(stored.path, aside)
+        log.error("episode %d is damaged, and set aside in %s: %s", stored.sequence, self._aside.name, why)
+        self._bytes -= stored.bytes
+        damaged = replace(stored, path=aside, bytes=0, damaged=why)
+        self._stored[stored.sequence] = damaged
+        return damaged
 
     def _recover(self) -> None:
+        """Takes stock of what the last server left."""
+        found = [*_numbered(self._folder), *_numbered(self._aside)]
+        for stored in sorted(found, key=lambda stored: stored.sequence):
+            self._take_stock(stored)
         for whole in sorted(self._open.glob(f"*{SUFFIX}")):  # finished, but not yet numbered
-            self._number(whole)
+            try:
+                episode = read_episode(whole)
+            except DamagedEpisode as error:
+                log.error("%s", error)
+                whole.rename(whole.with_suffix(PARTIAL_SUFFIX))
+            else:
+                self._number(whole, episode.start, episode.end)
         for partial in sorted(self._open.glob(f"*{PARTIAL_SUFFIX}")):
-            aside = self._folder / "set_aside" / partial.name
-            aside.parent.mkdir(exist_ok=True)
-            os.replace(partial, aside)
-            log.warning("episode %s was never finished: set aside in %s", partial.name, aside.parent.name)
+            os.replace(partial, self._aside / partial.name)
+            log.warning("episode %s was never finished: set aside in %s", partial.name, self._aside.name)
+
+    def _take_stock(self, stored: Stored) -> None:
+        if stored.path.parent == self._aside:
+            self._add(replace(stored, bytes=0, damaged=f"{stored.path.name}: was found damaged, and set aside"))
+            return
+        self._add(stored)
+        try:
+            self._stored[stored.sequence] = replace(stored, rollout_id=read_start(stored.path).rollout_id)
+        except DamagedEpisode as error:
+            self._set_aside(stored, str(error))
 
 
-def _scan(folder: Path) -> list[Stored]:
-    found = []
+def _numbered(folder: Path) -> Iterator[Stored]:
     for path in folder.glob(f"*{SUFFIX}"):
-        number, _, episode_id = path.name.removesuffix(SUFFIX).partition("-")
+        error = path.name.endswith(ERROR_SUFFIX)
+        name = path.name.removesuffix(ERROR_SUFFIX if error else SUFFIX)
+        number, _, episode_id = name.partition("-")
         if number.isdigit():
             size = path.stat().st_size
-            found.append(Stored(sequence=int(number), episode_id=episode_id, path=path, bytes=size))
-    return sorted(found, key=lambda stored: stored.sequence)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            yield Stored(sequence=int(number), episode_id=episode_id, path=path, bytes=size, error=error)

@@ -64,6 +64,7 @@ class EpisodeWriter:
         if path.suffix != SUFFIX:
             raise ValueError(f"an episode file must end in {SUFFIX!r}, got {path.name!r}")
         self.path = path
+        self.start = start
         self._partial = path.with_suffix(PARTIAL_SUFFIX)
         self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115 (closed by finish or discard)
         self._crc = 0
@@ -95,6 +96,7 @@ class EpisodeWriter:
         """Drops the episode; nothing of it remains on disk."""
         self._file.close()
         self._partial.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     def _append(self, record: episode_pb2.EpisodeRecord) -> None:
         data = record.SerializeToString()
@@ -110,7 +112,28 @@ class EpisodeWriter:
 
 def read_episode(path: Path) -> Episode:
     """The whole episode at path.  Raises DamagedEpisode when the file is cut, altered or not an episode."""
-    return Episode.of(list(_records(path, path.read_bytes())), path.name)
+    return Episode.of(read_records(path), path.name)
+
+
+def read_records(path: Path) -> list[episode_pb2.EpisodeRecord]:
+    """The records at path as they were written.  Raises DamagedEpisode when the file is cut or altered."""
+    return list(_records(path, path.read_bytes()))
+
+
+def read_start(path: Path) -> episode_pb2.EpisodeStart:
+    """The first record at path; the rest is not read.  Raises DamagedEpisode when there is no such record."""
+    with open(path, "rb") as file:
+        magic, length = file.read(len(MAGIC)), int.from_bytes(file.read(4), "little")
+        if magic != MAGIC:
+            raise DamagedEpisode(f"{path.name}: not an episode file (starts with {magic!r}, expected {MAGIC!r})")
+        data = file.read(min(length, path.stat().st_size))
+    try:
+        record = episode_pb2.EpisodeRecord.FromString(data)
+    except DecodeError as error:
+        raise DamagedEpisode(f"{path.name}: record 0 is not an EpisodeRecord: {error}") from error
+    if len(data) < length or not record.HasField("start"):
+        raise DamagedEpisode(f"{path.name}: record 0 must be a whole start, got {record.WhichOneof('record')}")
+    return record.start
 
 
 def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:
