@@ -49,8 +49,8 @@ class Trajectory:
     initial_state: str
     success: bool
     """of the episode"""
-    alone: bool
-    """nobody else moved the arm during the episode: its outcome is the policy's"""
+    whole: bool
+    """nothing interrupted the episode and nobody else moved the arm: the outcome is this trajectory's own"""
     observations: tuple[Prepared, ...]
     """T, each as the model read it, images in uint8"""
     after: Prepared | None
@@ -150,15 +150,16 @@ class TrajectoryReader:
             raise RefusedEpisode(episode, "other_model", f"its inputs must be prepared by {expected}, got {prepared}")
         try:
             *cut, last = pieces(episode.ticks)
-            trajectories = [self._trajectory(episode, spans, ends=False) for spans in cut]
-            trajectories += [self._trajectory(episode, last, ends=True)] if last else []
+            whole = not cut and not others_moved(episode.ticks)
+            trajectories = [self._trajectory(episode, spans, ends=False, whole=False) for spans in cut]
+            trajectories += [self._trajectory(episode, last, ends=True, whole=whole)] if last else []
         except (codec.CodecError, BadInput) as error:
             raise RefusedEpisode(episode, "damaged", str(error)) from error
         if not trajectories:
             raise RefusedEpisode(episode, "nothing_to_score")
         return trajectories
 
-    def _trajectory(self, episode: Episode, spans: Sequence[Span], *, ends: bool) -> Trajectory:
+    def _trajectory(self, episode: Episode, spans: Sequence[Span], *, ends: bool, whole: bool) -> Trajectory:
         """ends: the last of the spans was the episode's last movement."""
         recorded = {decision.decision: decision for decision in episode.decisions}
         if unknown := [span.decision for span in spans if span.decision not in recorded]:
@@ -172,7 +173,7 @@ class TrajectoryReader:
             task=episode.start.task,
             initial_state=episode.start.initial_state,
             success=success,
-            alone=not others_moved(episode.ticks),
+            whole=whole,
             observations=tuple(self._prepared(d.observation, f"decision {d.decision}") for d in decisions),
             after=self._final(episode) if ends else self._next(episode, spans[-1].decision),
             token_ids_TN=np.stack([self._token_ids(decision) for decision in decisions]),

@@ -109,7 +109,7 @@ def test_a_takeover_cuts_and_the_success_of_a_human_is_not_the_policys(read) -> 
     [trajectory] = read(ticks(0, "pppp"), ticks(1, "uuuu"))
     assert numbers(trajectory) == [0] and trajectory.rewards_T.tolist() == [0]
     assert bootstrap(trajectory) == 10, "the observation before the human moved, neither the final one nor none"
-    assert trajectory.success and not trajectory.alone
+    assert trajectory.success and not trajectory.whole
 
 
 @pytest.mark.parametrize("somebody", ["u", "b", "x"])
@@ -120,7 +120,7 @@ def test_a_decision_that_somebody_else_interfered_with_is_refused(read, somebody
     assert numbers(before) == [0] and numbers(after) == [2]
     assert bootstrap(before) == 10 and before.rewards_T.tolist() == [0]
     assert after.terminal and after.rewards_T.tolist() == [1]
-    assert not before.alone
+    assert not before.whole and not after.whole
 
 
 def test_a_hold_cuts_and_both_sides_are_learned_from(read) -> None:
@@ -128,7 +128,8 @@ def test_a_hold_cuts_and_both_sides_are_learned_from(read) -> None:
     assert numbers(before) == [0] and numbers(after) == [1, 2]
     assert bootstrap(before) == 10 and not before.terminal
     assert before.ticks_T.tolist() == [4] and after.ticks_T.tolist() == [4, 1]
-    assert before.alone and after.rewards_T.tolist() == [0, 1]
+    assert after.rewards_T.tolist() == [0, 1]
+    assert not before.whole and not after.whole
 
 
 def test_an_episode_that_ends_while_the_arm_holds_ends_as_it_stands(read) -> None:
@@ -138,7 +139,13 @@ def test_an_episode_that_ends_while_the_arm_holds_ends_as_it_stands(read) -> Non
 
 def test_a_hold_before_the_first_answer_changes_nothing(read) -> None:
     [trajectory] = read(ticks(0, "hh"), ticks(0, "pppp"), ticks(1, "pp"))
-    assert numbers(trajectory) == [0, 1]
+    assert numbers(trajectory) == [0, 1] and trajectory.whole
+
+
+def test_what_remains_when_a_human_drove_first_is_not_the_whole_episode(read) -> None:
+    """Its return may be a success that the human prepared: nothing to compare with other episodes."""
+    [trajectory] = read(ticks(0, "uu"), ticks(1, "pppp"))
+    assert numbers(trajectory) == [1] and trajectory.rewards_T.tolist() == [1] and not trajectory.whole
 
 
 def test_a_clip_by_the_safety_gate_changes_nothing(read) -> None:
