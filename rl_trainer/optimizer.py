@@ -70,6 +70,10 @@ class Optimizer:
         self._write_casts()
         return norm
 
+    def forget(self) -> None:
+        """Drops the gradient that was collected."""
+        self.gradient_P.zero_()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model holds the moving average inside the block, where there is one."""

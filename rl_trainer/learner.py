@@ -1,0 +1,328 @@
+"""One iteration of learning: values, advantages, then epochs of clipped updates over what the policy did.
+
+One backbone pass serves policy and critic.  Everything random is a function of (seed, iteration, epoch), so that ranks
+and resumed runs agree without saving a generator; every rank calls update() with the same trajectories, computes its
+part, and ends with the same weights.
+
+Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = K*A action tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from policy_server.vla.model import VLA, Scores, collate
+from policy_server.vla.preprocessing import Prepared
+from rl_trainer.advantage import gae, group_relative, leave_one_out, normalised
+from rl_trainer.batching import Batch, minibatches
+from rl_trainer.critic import Critic
+from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss
+from rl_trainer.optimizer import Optimizer
+from rl_trainer.ranks import Ranks
+from rl_trainer.trajectories import Trajectory
+
+LOOK_BATCH = 64
+"""Decisions of one pass without gradients."""
+MEASURES = ("policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "entropy", "reference_kl")
+"""What adds up over the parts of a minibatch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """How a batch of episodes moves the weights."""
+
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    """gae learns from a critic; the others compare episodes that began alike, and need no critic"""
+    gamma: float = 0.995
+    """discount of one executed tick"""
+    lambda_: float = 0.95
+    """of GAE, a decision"""
+    learning_rate: float = 2e-5
+    critic_learning_rate: float = 3e-4
+    critic_gradient: bool = False
+    """the value loss also shapes the backbone"""
+    critic_weight: float = 0.5
+    """of the value loss beside the policy's"""
+    warm_up: int = 2
+    """first iterations, in which the critic alone learns"""
+    epochs: int = 2
+    minibatch: int = 64
+    """decisions of one optimiser step, over all ranks"""
+    microbatch: int = 32
+    """decisions of one pass with gradients, to save memory; does not change the update"""
+    target_kl: float = 0.05
+    """no further step in this iteration once a minibatch's divergence from the behaviour policy exceeds it; 0: never"""
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    normalise: bool = True
+    """advantages to mean 0 and standard deviation 1 over the batch"""
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1 or not 0 <= self.lambda_ <= 1:
+            raise ValueError(f"gamma must be in (0, 1] and lambda_ in [0, 1], got {self.gamma} and {self.lambda_}")
+        for name in ("epochs", "minibatch", "microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "critic_learning_rate", "warm_up", "target_kl", "critic_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What the learner thinks of a batch before it learns from it."""
+
+    values_n: np.ndarray
+    after_E: np.ndarray
+    """value of what each trajectory was cut before; 0 where its task ended"""
+    logprobs_nN: torch.Tensor
+    reference_nN: torch.Tensor | None
+    """log-probabilities under the reference policy"""
+
+
+class Learner:
+    """Owns the weights that are trained: the model's parameters that require gradients, and the critic's.
+
+    reference: the policy that loss.reference_weight holds on to, never trained.
+    """
+
+    def __init__(
+        self,
+        model: VLA,
+        critic: Critic,
+        config: LearnerConfig,
+        *,
+        reference: VLA | None = None,
+        ranks: Ranks | None = None,
+        seed: int = 0,
+    ):
+        if config.loss.reference_weight and reference is None:
+            raise ValueError(f"reference_weight {config.loss.reference_weight} needs a reference policy, got none")
+        self.model, self.critic, self.config, self.seed = model, critic, config, seed
+        self.reference = reference
+        self.ranks = ranks or Ranks()
+        self.iteration = self.steps = 0
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.policy_optimizer = _optimizer(trained, config)
+        self.critic_optimizer = _optimizer(dict(critic.named_parameters()), config)
+
+    def update(
+        self, trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray] | None = None, *, version: int = -1
+    ) -> dict[str, float]:
+        """Learns from the trajectories and gives what was measured.
+
+        rewards: per trajectory, float64 (T,); by default those of the episodes' outcomes.
+        version: the weights as they are now; log-probabilities that it answered must equal the learner's.
+        """
+        rewards = [trajectory.rewards_T for trajectory in trajectories] if rewards is None else rewards
+        if self.config.advantage != "gae":  # an outcome that others had a hand in compares with nothing
+            whole = [number for number, trajectory in enumerate(trajectories) if trajectory.whole]
+            trajectories, rewards = [trajectories[n] for n in whole], [rewards[n] for n in whole]
+        batch = Batch.of(trajectories)
+        looked = self.score(trajectories, batch)
+        advantage_n, target_n = self._advantages(trajectories, rewards, looked)
+        metrics = self._learn(batch, looked, torch.from_numpy(advantage_n).float(), torch.from_numpy(target_n).float())
+        metrics |= _measured_before(batch, looked, target_n, version)
+        self.iteration += 1
+        return metrics
+
+    @property
+    def warming_up(self) -> bool:
+        """The critic alone learns."""
+        return self.config.advantage == "gae" and self.iteration < self.config.warm_up
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a bit-for-bit continuation needs, by name."""
+        tensors = {"iteration": torch.tensor(self.iteration), "steps": torch.tensor(self.steps)}
+        for owner, optimizer in self._optimizers().items():
+            tensors |= {f"{owner}.{name}": tensor for name, tensor in optimizer.state().items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes what state() gave.  Raises ValueError when it is of another model."""
+        for owner, optimizer in self._optimizers().items():
+            prefix = f"{owner}."
+            optimizer.load({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+        self.iteration, self.steps = int(tensors["iteration"]), int(tensors["steps"])
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        return {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+
+    def score(self, trajectories: Sequence[Trajectory], batch: Batch | None = None) -> Looked:
+        """Values and log-probabilities under the present weights; each rank computes its part."""
+        batch = batch or Batch.of(trajectories)
+        ends = [trajectory.after for trajectory in trajectories if trajectory.after is not None]
+        n, width = batch.token_ids_nN.shape
+        observations = [*batch.observations, *ends]
+        ids = torch.cat((batch.token_ids_nN, batch.token_ids_nN[:1].expand(len(ends), width)))
+        mask, temperature = torch.zeros(ids.shape, dtype=torch.bool), torch.ones(len(ids))
+        mask[:n], temperature[:n] = batch.mask_nN, batch.temperature_n
+        values, logprobs, reference = torch.zeros(len(ids)), torch.zeros(ids.shape), torch.zeros(ids.shape)
+        mine = self.ranks.part(len(ids))
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(mine.start, mine.stop, LOOK_BATCH):
+                rows = slice(start, min(start + LOOK_BATCH, mine.stop))
+                scores = _score(self.model, observations[rows], ids[rows])
+                values[rows] = self.critic(scores.hidden_BD).cpu()
+                logprobs[rows] = self._logprobs(scores, ids[rows], temperature[rows], mask[rows])
+                if self.reference is not None:
+                    scores = _score(self.reference, observations[rows], ids[rows])
+                    reference[rows] = self._logprobs(scores, ids[rows], temperature[rows], mask[rows])
+        for tensor in (values, logprobs, reference):
+            self.ranks.sum(tensor)
+        after_E = np.zeros(len(trajectories))
+        after_E[[trajectory.after is not None for trajectory in trajectories]] = values[n:].numpy()
+        return Looked(
+            values_n=values[:n].double().numpy(),
+            after_E=after_E,
+            logprobs_nN=logprobs[:n],
+            reference_nN=None if self.reference is None else reference[:n],
+        )
+
+    def _advantages(
+        self, trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], looked: Looked
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (n,) each: advantages, and what the critic should have said."""
+        config, lengths = self.config, [len(trajectory) for trajectory in trajectories]
+        if config.advantage == "gae":
+            values_E = np.split(looked.values_n, np.cumsum(lengths)[:-1])
+            parts = [
+                gae(r_T, v_T, float(after), trajectory.ticks_T, gamma=config.gamma, lambda_=config.lambda_)
+                for trajectory, r_T, v_T, after in zip(trajectories, rewards, values_E, looked.after_E, strict=True)
+            ]
+            advantage_n = np.concatenate(parts)
+            target_n = advantage_n + looked.values_n
+        else:
+            compare = group_relative if config.advantage == "grpo" else leave_one_out
+            groups = [(trajectory.task, trajectory.initial_state) for trajectory in trajectories]
+            advantage_n = np.repeat(compare(np.array([r_T.sum() for r_T in rewards]), groups), lengths)
+            target_n = looked.values_n
+        if config.normalise:
+            advantage_n = normalised(advantage_n, np.ones(len(advantage_n), bool))
+        return advantage_n, target_n
+
+    def _learn(
+        self, batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
+    ) -> dict[str, float]:
+        """Epochs of optimiser steps; means of what they measured."""
+        config, measured = self.config, defaultdict[str, list[float]](list)
+        self.model.train()
+        steps = minibatches(
+            len(batch), config.minibatch, epochs=config.epochs, seed=self.seed, iteration=self.iteration
+        )
+        stopped = False
+        for rows in steps:
+            metrics = self._gradient(batch, looked, rows, advantage_n, target_n)
+            if stopped := not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]:
+                for optimizer in self._optimizers().values():
+                    optimizer.forget()
+                break
+            metrics |= self._step()
+            for name, value in metrics.items():
+                measured[name].append(value)
+        means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
+        return means | {"stopped_early": float(stopped), "optimiser_steps": float(self.steps)}
+
+    def _gradient(
+        self, batch: Batch, looked: Looked, rows: np.ndarray, advantage_n: torch.Tensor, target_n: torch.Tensor
+    ) -> dict[str, float]:
+        """Adds the minibatch's gradient, over all ranks, and gives its measures."""
+        counts = Counts.of(batch.mask_nN[rows].numpy(), self.model.config.action_dim)
+        mine = rows[self.ranks.part(len(rows))]
+        sums: dict[str, float] = dict.fromkeys(MEASURES, 0.0)
+        for start in range(0, len(mine), self.config.microbatch):
+            part = mine[start : start + self.config.microbatch]
+            loss = self._loss(batch, looked, part, advantage_n[part], target_n[part], counts)
+            if loss.total.requires_grad:
+                loss.total.backward()
+            for name, value in loss.metrics.items():
+                sums[name] += float(value)
+        for optimizer in self._optimizers().values():
+            self.ranks.sum(optimizer.collect_gradients())
+        total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
+        return dict(zip(sums, total.tolist(), strict=True))
+
+    def _loss(
+        self,
+        batch: Batch,
+        looked: Looked,
+        part: np.ndarray,
+        advantage_B: torch.Tensor,
+        target_B: torch.Tensor,
+        counts: Counts,
+    ) -> Loss:
+        """Of a part of a minibatch: the critic's and, once it is warm, the policy's, from one pass of the backbone."""
+        config, device = self.config, self.model.device
+        ids_BN, mask_BN, temperature_B = batch.token_ids_nN[part], batch.mask_nN[part], batch.temperature_n[part]
+        with torch.set_grad_enabled(not self.warming_up):
+            scores = _score(self.model, [batch.observations[row] for row in part], ids_BN)
+            mask, temperature = mask_BN.to(device), temperature_B.to(device)
+            loss = ppo_loss(
+                self._logprobs(scores, ids_BN, temperature, mask),
+                batch.behaviour_nN[part].to(device),
+                advantage_B.to(device),
+                mask,
+                config=config.loss,
+                counts=counts,
+                action_dim=self.model.config.action_dim,
+                entropy_BN=token_entropy(scores.logits_BNV, temperature, mask),
+                reference_BN=None if looked.reference_nN is None else looked.reference_nN[part].to(device),
+            )
+        if config.advantage != "gae":
+            return loss
+        value = value_loss(
+            self.critic(scores.hidden_BD, detach=not config.critic_gradient),
+            torch.from_numpy(looked.values_n[part]).float().to(device),
+            target_B.to(device),
+            config=config.loss,
+            counts=counts,
+        )
+        total = value.total if self.warming_up else loss.total + config.critic_weight * value.total
+        return Loss(total=total, metrics=loss.metrics | value.metrics)
+
+    def _logprobs(
+        self, scores: Scores, ids_BN: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 (B, N), as the server reports them."""
+        device = scores.logits_BNV.device
+        columns_BN = ids_BN.to(device) - self.model.config.action_begin
+        return token_logprobs(scores.logits_BNV, columns_BN, temperature_B.to(device), mask_BN.to(device))
+
+    def _step(self) -> dict[str, float]:
+        """One optimiser step of whatever learns now; the norms of the gradients."""
+        config = self.config
+        self.steps += 1
+        norms = {}
+        if config.advantage == "gae":
+            norms["critic_gradient_norm"] = self.critic_optimizer.step(config.critic_learning_rate)
+        if not self.warming_up:
+            norms["gradient_norm"] = self.policy_optimizer.step(config.learning_rate)
+        return norms
+
+
+def _optimizer(parameters: Mapping[str, torch.nn.Parameter], config: LearnerConfig) -> Optimizer:
+    return Optimizer(parameters, weight_decay=config.weight_decay, clip_norm=config.clip_norm, ema=0)
+
+
+def _score(model: VLA, observations: Sequence[Prepared], ids_BN: torch.Tensor) -> Scores:
+    return model(collate(observations).to(model.device), ids_BN.to(model.device))
+
+
+def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version: int) -> dict[str, float]:
+    """What the batch says about critic and server before anything was learned from it."""
+    spread, mine = float(target_n.var()), torch.from_numpy(batch.version_n == version)
+    gap = (looked.logprobs_nN - batch.behaviour_nN)[mine][batch.mask_nN[mine]].abs()
+    return {
+        "value": float(looked.values_n.mean()),
+        "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
+        "logprob_gap": float(gap.max()) if len(gap) else 0.0,
+        "staleness": float(version - batch.version_n.mean()) if version >= 0 else 0.0,
+    }

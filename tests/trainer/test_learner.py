@@ -1,0 +1,180 @@
+"""The learner: ratio 1 on fresh data and not 1 after a step, warm-up, parts and ranks that add up, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from policy_server.vla.checkpoint import load_checkpoint
+from policy_server.vla.config import VLAConfig
+from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.model import VLA
+from policy_server.vla.preprocessing import Prepared
+from rl_trainer.critic import Critic
+from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.loss import LossConfig
+from rl_trainer.ranks import Ranks, launched
+from rl_trainer.trajectories import Trajectory
+
+CONFIG = LearnerConfig(warm_up=0, epochs=2, minibatch=8, microbatch=8, target_kl=0.0, learning_rate=1e-3)
+SLOW = replace(CONFIG, learning_rate=1e-4)
+"""Adam turns rounding in a small gradient into a part of a whole step; these are small."""
+
+
+def model_of(folder: Path) -> VLA:
+    return load_checkpoint(folder, dtype="float32", device="cpu").model
+
+
+def learner_of(folder: Path, config: LearnerConfig = CONFIG, **options) -> Learner:
+    model = model_of(folder)
+    return Learner(model, Critic(model.config.llm.hidden_size, hidden=8), config, **options)
+
+
+def observation(config: VLAConfig, rng: np.random.Generator) -> Prepared:
+    side = config.towers[0].image_size
+    return Prepared(
+        image=rng.integers(0, 255, (side, side, 3), dtype=np.uint8),
+        input_ids=np.array([1, *rng.integers(3, 200, rng.integers(2, 6))]),
+        state=rng.normal(size=config.state_dim).astype(np.float32),
+    )
+
+
+def trajectories_of(model: VLA, lengths: Sequence[int] = (3, 5, 4), temperature: float = 0.7) -> list[Trajectory]:
+    """Sampled by the model itself, with the log-probabilities that it reports; every second one a success."""
+    rng, found = np.random.default_rng(0), []
+    for number, length in enumerate(lengths):
+        observations = tuple(observation(model.config, rng) for _ in range(length))
+        inputs = [
+            DecodeInput(prepared=prepared, temperature=temperature, seed=number, decision=t)
+            for t, prepared in enumerate(observations)
+        ]
+        decoded = decode(model, inputs)
+        success = number % 2 == 0
+        found.append(
+            Trajectory(
+                episode_id=f"episode {number}",
+                task="tiny/0",
+                initial_state=str(number // 2),
+                success=success,
+                whole=True,
+                observations=observations,
+                after=None if success else observation(model.config, rng),
+                token_ids_TN=decoded.token_ids_BN.astype(np.int64),
+                logprobs_TN=decoded.token_logprobs_BN,
+                mask_TN=np.ones((length, model.config.action_tokens), bool),
+                temperature_T=np.full(length, temperature, np.float32),
+                version_T=np.zeros(length, np.int64),
+                ticks_T=np.full(length, model.config.chunk_length),
+                rewards_T=np.array([0.0] * (length - 1) + [float(success)]),
+            )
+        )
+    return found
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_the_ratio_is_1_on_fresh_data_and_not_after_a_step(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, epochs=1, minibatch=64))
+    fresh = trajectories_of(learner.model)
+    first = learner.update(fresh, version=0)
+    assert first["logprob_gap"] < 1e-4
+    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["approx_kl"] == pytest.approx(0, abs=1e-6)
+    again = learner.update(fresh, version=0)
+    assert again["logprob_gap"] > 1e-3 and again["approx_kl"] > 1e-6
+
+
+def test_warm_up_moves_the_critic_and_leaves_the_policy_bit_for_bit(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, warm_up=1))
+    policy, critic = weights(learner.model), weights(learner.critic)
+    fresh = trajectories_of(learner.model)
+    learner.update(fresh)
+    assert all(torch.equal(tensor, policy[name]) for name, tensor in learner.model.state_dict().items())
+    assert distance(weights(learner.critic), critic) > 0
+    learner.update(fresh)
+    assert distance(weights(learner.model), policy) > 0
+
+
+def test_what_succeeded_becomes_likelier(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, advantage="rloo", epochs=4, normalise=False))
+    success, failure, *_ = trajectories_of(learner.model, (4, 4))
+    learner.update([success, failure])
+
+    def likelihood(trajectory: Trajectory) -> float:
+        scored = learner.score([trajectory])
+        return float(scored.logprobs_nN.sum())
+
+    assert likelihood(success) > success.logprobs_TN.sum() and likelihood(failure) < failure.logprobs_TN.sum()
+
+
+def test_a_batch_cut_into_parts_gives_the_same_update(tiny_vla: Path) -> None:
+    whole, parts = learner_of(tiny_vla, SLOW), learner_of(tiny_vla, replace(SLOW, microbatch=3))
+    fresh = trajectories_of(whole.model)
+    for learner in (whole, parts):
+        learner.update(fresh)
+    assert distance(weights(whole.model), weights(parts.model)) < 1e-5
+
+
+def _train_rank(ranks: Ranks, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    learner = learner_of(folder, SLOW, ranks=ranks)
+    learner.update(trajectories_of(model_of(folder)))
+    torch.save(learner.model.state_dict(), out / f"{ranks.rank}.pt")
+
+
+def test_two_ranks_give_the_update_of_one(tiny_vla: Path, tmp_path: Path) -> None:
+    with launched(2, _train_rank, tiny_vla, tmp_path) as ranks:
+        _train_rank(ranks, tiny_vla, tmp_path)
+    alone = learner_of(tiny_vla, SLOW)
+    alone.update(trajectories_of(model_of(tiny_vla)))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert distance(weights(alone.model), first) < 1e-5
+
+
+def test_a_minibatch_beyond_the_target_divergence_is_not_learned_from(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, target_kl=1e-9, epochs=4, minibatch=64))
+    metrics = learner.update(trajectories_of(learner.model))
+    assert metrics["stopped_early"] == 1 and learner.steps == 1  # the first step saw no divergence yet
+
+
+def test_a_loaded_learner_goes_on_bit_for_bit(tiny_vla: Path) -> None:
+    kept, resumed = learner_of(tiny_vla), learner_of(tiny_vla)
+    fresh = trajectories_of(kept.model)
+    kept.update(fresh)
+    resumed.load(kept.state())
+    for learner in (kept, resumed):
+        learner.update(fresh)
+    assert (kept.iteration, kept.steps) == (resumed.iteration, resumed.steps)
+    assert distance(weights(kept.model), weights(resumed.model)) == 0
+    assert distance(weights(kept.critic), weights(resumed.critic)) == 0
+
+
+def test_the_reference_holds_the_policy_back(tiny_vla: Path) -> None:
+    fresh = trajectories_of(model_of(tiny_vla))
+    start = weights(model_of(tiny_vla))
+    moved = []
+    for weight in (0.0, 100.0):
+        config = replace(CONFIG, loss=LossConfig(reference_weight=weight), epochs=6)
+        learner = learner_of(tiny_vla, config, reference=model_of(tiny_vla))
+        metrics = [learner.update(fresh) for _ in range(2)]
+        moved.append(metrics[-1]["reference_kl"])
+        assert distance(weights(learner.model), start) > 0
+    assert moved[1] < moved[0]
+
+
+def test_without_a_critic_the_critic_learns_nothing(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, advantage="grpo"))
+    before = weights(learner.critic)
+    learner.update(trajectories_of(learner.model))
+    assert distance(weights(learner.critic), before) == 0
