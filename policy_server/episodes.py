@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import EpisodeLost, OutOfOrder, Superseded
+from policy_server.errors import EpisodeLost, OutOfOrder, Superseded, UnknownVersion
+from policy_server.rollout_queue import Lease, RolloutQueue
 from protos import episode_pb2, policy_pb2
 from protos.episode_file import EpisodeWriter
+from protos.rollout_pb2 import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,9 @@ REMEMBERED = 10_000
 """How many request ids and closed episodes are remembered for retries."""
 AT_WORK_S = 1.0
 """An episode that was silent for longer is not waited for when a batch is gathered."""
+
+MakeStart = Callable[[str, policy_pb2.StartEpisodeRequest, Rollout | None], episode_pb2.EpisodeStart]
+"""The first record of an episode of that id.  Raises Refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +44,10 @@ class Episode:
     answered yet, or the next one.  A decision's executed ticks are recorded with its answer.
     """
 
-    def __init__(self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None):
+    def __init__(self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None, lease: Lease | None):
         self.start = start
         self.writer = writer
+        self.lease = lease
         self.flights: dict[int, Flight] = {}
         self.closing: asyncio.Task[int] | None = None
         self.touched_s = time.monotonic()
@@ -83,10 +89,14 @@ class Episode:
 
 
 class Episodes:
-    """The open episodes, and enough about the closed ones to answer a retry."""
+    """The open episodes, and enough about the closed ones to answer a retry.
 
-    def __init__(self, store: EpisodeStore | None):
+    An episode under a lease tells the queue how it ended, once that is stored.
+    """
+
+    def __init__(self, store: EpisodeStore | None, rollouts: RolloutQueue):
         self._store = store
+        self._rollouts = rollouts
         self._open: dict[str, Episode] = {}
         self._closed: OrderedDict[str, int | EpisodeLost] = OrderedDict()
         self._replies: OrderedDict[str, policy_pb2.StartEpisodeReply] = OrderedDict()
@@ -100,16 +110,26 @@ class Episodes:
         since_s = time.monotonic() - AT_WORK_S
         return sum(episode.touched_s >= since_s for episode in list(self._open.values()))
 
-    def start(self, request_id: str, make: Callable[[str], episode_pb2.EpisodeStart]) -> policy_pb2.StartEpisodeReply:
-        """Opens an episode, once per request id.  Raises Overloaded when it could not be stored."""
-        if request_id and request_id in self._replies:
-            return self._replies[request_id]
-        start = make(f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}")
+    def start(self, request: policy_pb2.StartEpisodeRequest, make: MakeStart) -> policy_pb2.StartEpisodeReply:
+        """Opens an episode, once per request id.
+
+        Raises OutOfOrder for a lease that is not held, Overloaded when it could not be stored, and what make raises.
+        """
+        if request.request_id and request.request_id in self._replies:
+            return self._replies[request.request_id]
+        lease = self._lease(request.lease_id)
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+        try:
+            start = make(name, request, lease.rollout if lease is not None else None)
+        except UnknownVersion as refused:
+            if lease is not None:  # its weights are gone for the next worker too
+                self._rollouts.fail(lease, str(refused))
+            raise
         writer = self._store.open(start) if self._store is not None else None
-        self._open[start.episode_id] = Episode(start, writer)
+        self._open[start.episode_id] = Episode(start, writer, lease)
         reply = policy_pb2.StartEpisodeReply(episode_id=start.episode_id, version=start.version, seed=start.seed)
-        if request_id:
-            _remember(self._replies, request_id, reply)
+        if request.request_id:
+            _remember(self._replies, request.request_id, reply)
         return reply
 
     def find(self, episode_id: str) -> Episode:
@@ -151,6 +171,7 @@ class Episodes:
     async def close(self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: Iterable[episode_pb2.Tick]) -> int:
         """Ends an episode and gives its sequence number.  Raises EpisodeLost when the disk refuses."""
         self.closed(episode.start.episode_id)  # raises when a decision that was under way lost it
+        self._claim_rollout(episode, end)
         sequence = 0
         try:
             episode.executed(ticks)
@@ -158,6 +179,10 @@ class Episodes:
                 sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
         except OSError as error:
             raise self.lose(episode, error) from error
+        if episode.lease is not None and end.outcome == episode_pb2.OUTCOME_ERROR:
+            self._rollouts.fail(episode.lease, end.message)
+        elif episode.lease is not None:
+            self._rollouts.complete(episode.lease)
         self._forget(episode, sequence)
         return sequence
 
@@ -168,8 +193,25 @@ class Episodes:
             episode.writer.discard()
             episode.writer = None
         lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
+        if episode.lease is not None:
+            self._rollouts.fail(episode.lease, str(lost))
         self._forget(episode, lost)
         return lost
+
+    def _lease(self, lease_id: str) -> Lease | None:
+        lease = self._rollouts.find(lease_id)
+        if lease_id and lease is None:
+            raise OutOfOrder(f"lease {lease_id!r} is not held: it was lost, or never given", field="lease_id")
+        return lease
+
+    def _claim_rollout(self, episode: Episode, end: episode_pb2.EpisodeEnd) -> None:
+        """An episode that ended well ends as an error, and as nobody's, when its rollout does not wait for it."""
+        if episode.lease is None or end.outcome == episode_pb2.OUTCOME_ERROR or self._rollouts.claim(episode.lease):
+            return
+        rollout_id = episode.lease.rollout.rollout_id
+        episode.lease = None
+        end.outcome = episode_pb2.OUTCOME_ERROR
+        end.message = f"not counted: rollout {rollout_id!r} was completed by another episode, set aside or cancelled"
 
     def _forget(self, episode: Episode, sequence: int | EpisodeLost) -> None:
         self._open.pop(episode.start.episode_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ def read_observation(message: episode_pb2.Observation, spec: policy_pb2.PolicySp
     if not message.instruction.strip():
         raise BadRequest("must say what to do, got an empty instruction", field=f"{field}.instruction")
     return Observed(images=images, state_S=state_S, instruction=message.instruction)
+
+
+def check_temperature(temperature: float, *, field: str) -> None:
+    """Raises BadRequest for what logits cannot be divided by; 0 is greedy."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise BadRequest(f"must be finite and not negative, got {temperature}", field=field)
 
 
 def _image(message: episode_pb2.Observation, name: str, max_bytes: int, field: str) -> np.ndarray:

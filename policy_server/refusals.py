@@ -7,11 +7,30 @@ import functools
 import logging
 from collections.abc import Iterator
 
-from policy_server.errors import InternalFault, Refused
+from policy_server.errors import InternalFault, Refused, Unavailable
 
 log = logging.getLogger(__name__)
 
 REFUSAL_KEY = "vla-rl-refusal-bin"
+RETRY_SOON_MS = 500
+
+
+class Door:
+    """Whether requests are taken: from when the model is warm until the server stops."""
+
+    def __init__(self) -> None:
+        self._closed_because = "the model is warming up"
+
+    def open(self) -> None:
+        self._closed_because = ""
+
+    def close(self) -> None:
+        self._closed_because = "the server is stopping"
+
+    def check(self) -> None:
+        """Raises Unavailable while it is closed."""
+        if self._closed_because:
+            raise Unavailable(self._closed_because, retry_after_ms=RETRY_SOON_MS)
 
 
 @contextlib.contextmanager

@@ -16,14 +16,17 @@ from policy_server.episode_store import EpisodeStore
 from policy_server.episodes import Episodes
 from policy_server.errors import CannotStart
 from policy_server.observation import Observed
+from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
+from policy_server.rollout_service import RolloutService
 from policy_server.service import PolicyService
 from policy_server.versions import Versions
-from protos import policy_pb2, policy_pb2_grpc
+from protos import policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 from protos.channel import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 POLICY = policy_pb2.DESCRIPTOR.services_by_name["Policy"].full_name
+ROLLOUTS = rollout_pb2.DESCRIPTOR.services_by_name["Rollouts"].full_name
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
 
@@ -63,7 +66,7 @@ class PolicyServer:
     """Built cold; start() listens, warm_up() serves, stop() finishes what is in flight.
 
     port 0 takes a free one.  `store` None keeps no episodes.  Episodes that are silent for episode_idle_s are closed
-    as errors.
+    as errors; a lease that is not renewed for lease_s is lost.
     """
 
     def __init__(
@@ -77,18 +80,21 @@ class PolicyServer:
         queue: int,
         store: EpisodeStore | None,
         episode_idle_s: float,
+        lease_s: float = DEFAULT_LEASE_S,
     ):
         self._address = (host, port)
         self._model = model
         self._store = store
         self._idle_s = episode_idle_s
-        episodes = Episodes(store)
+        rollouts = RolloutQueue(done=store.counted_rollouts() if store is not None else (), lease_s=lease_s)
+        episodes = Episodes(store, rollouts)
         versions = Versions(model)
         self._batcher = Batcher(max_batch=max_batch, max_wait_ms=max_wait_ms, capacity=queue, expected=episodes.at_work)
         self._engine = Engine(self._batcher, lambda requests: versions.model(requests[0].version).decode(requests))
         self._service = PolicyService(
             spec=model.spec, versions=versions, prepare=model.prepare, batcher=self._batcher, episodes=episodes
         )
+        self._rollouts = RolloutService(queue=rollouts, store=store, versions=versions)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] (set at run time)
         self._server: grpc.aio.Server
         self._expiry: asyncio.Task
@@ -98,8 +104,10 @@ class PolicyServer:
         host, port = self._address
         self._server = grpc.aio.server(options=OPTIONS)
         policy_pb2_grpc.add_PolicyServicer_to_server(self._service, self._server)
+        rollout_pb2_grpc.add_RolloutsServicer_to_server(self._rollouts, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection([POLICY, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        services = [POLICY, ROLLOUTS, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(services, self._server)
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             port = self._server.add_insecure_port(f"{host}:{port}")
@@ -113,7 +121,8 @@ class PolicyServer:
         await asyncio.to_thread(self._model.warm_up)
         self._engine.start()
         self._service.open()
-        self._expiry = asyncio.create_task(self._service.expire(self._idle_s))
+        self._rollouts.open()
+        self._expiry = asyncio.create_task(self._expire())
         await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
@@ -121,6 +130,7 @@ class PolicyServer:
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._expiry.cancel()
         await self._service.drain()
+        self._rollouts.drain()
         self._batcher.stop()
         await asyncio.to_thread(self._engine.join)
         await self._server.stop(grace=FLUSH_S)
@@ -132,6 +142,9 @@ class PolicyServer:
         """Requests that are being prepared or queued."""
         return self._batcher.waiting
 
+    async def _expire(self) -> None:
+        await asyncio.gather(self._service.expire(self._idle_s), self._rollouts.expire())
+
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", POLICY):
+        for service in ("", POLICY, ROLLOUTS):
             await self._health.set(service, status)

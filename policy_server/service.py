@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,18 +18,17 @@ from typing import Any
 
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.episodes import Episode, Episodes, Flight
-from policy_server.errors import Abandoned, BadRequest, Refused, Superseded, Unavailable
-from policy_server.observation import Observed, check_ticks, read_observation
-from policy_server.refusals import refusals_only, refusing
+from policy_server.errors import Abandoned, BadRequest, Refused, Superseded
+from policy_server.observation import Observed, check_temperature, check_ticks, read_observation
+from policy_server.refusals import Door, refusals_only, refusing
 from policy_server.versions import Versions
-from protos import episode_pb2, policy_pb2, policy_pb2_grpc
+from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
 from protos.codec import encode_tensor
 
 log = logging.getLogger(__name__)
 
 STREAM_DEPTH = 256
 """Requests of one stream that may be under way; the rest waits in the client's flow control."""
-RETRY_SOON_MS = 500
 
 Prepare = Callable[[Observed], Any]
 
@@ -54,16 +52,16 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         self._batcher = batcher
         self._episodes = episodes
         self._pool = ThreadPoolExecutor(preparers, thread_name_prefix="prepare")
-        self._closed_because = "the model is warming up"
+        self._door = Door()
         self._streams: set[asyncio.Task] = set()
 
     def open(self) -> None:
         """From now on decisions are taken."""
-        self._closed_because = ""
+        self._door.open()
 
     async def drain(self) -> None:
         """Refuses new decisions and episodes, finishes those under way, closes the open episodes as errors."""
-        self._closed_because = "the server is stopping"
+        self._door.close()
         for task in self._streams:
             task.cancel()
         for episode in self._episodes.open:
@@ -89,18 +87,8 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 
     @refusing
     async def StartEpisode(self, request: policy_pb2.StartEpisodeRequest, context: Any) -> policy_pb2.StartEpisodeReply:
-        self._check_open()
-        if not (math.isfinite(request.temperature) and request.temperature >= 0):
-            raise BadRequest(f"must be finite and not negative, got {request.temperature}", field="temperature")
-        if request.purpose == episode_pb2.PURPOSE_UNSPECIFIED:
-            raise BadRequest("must say what the episode is for, got PURPOSE_UNSPECIFIED", field="purpose")
-        if request.follow_live and request.HasField("version"):
-            raise BadRequest(
-                f"an episode follows live or names a version, got version {request.version} and follow_live",
-                field="follow_live",
-            )
-        version = self._versions.check(request.version) if request.HasField("version") else self._versions.live
-        return self._episodes.start(request.request_id, lambda name: self._start_record(name, version, request))
+        self._door.check()
+        return self._episodes.start(request, self._start_record)
 
     @refusing
     async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
@@ -158,7 +146,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 
     async def _answer(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
         """The chunk for one request.  Raises Refused."""
-        self._check_open()
+        self._door.check()
         episode = self._episodes.find(request.episode_id)
         check_ticks(request.executed, len(self._spec.action))
         stored = episode.arrive(request)
@@ -211,10 +199,6 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     def _prepared(self, request: policy_pb2.ActRequest) -> Any:
         return self._prepare(read_observation(request.observation, self._spec, field="observation"))
 
-    def _check_open(self) -> None:
-        if self._closed_because:
-            raise Unavailable(self._closed_because, retry_after_ms=RETRY_SOON_MS)
-
     def _check_end(self, request: policy_pb2.EndEpisodeRequest) -> None:
         if request.outcome == episode_pb2.OUTCOME_UNSPECIFIED:
             raise BadRequest("must say how the episode ended, got OUTCOME_UNSPECIFIED", field="outcome")
@@ -243,17 +227,28 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             await asyncio.shield(self._begin_close(episode, end, []))  # who waits may be cancelled, the closing not
 
     def _start_record(
-        self, episode_id: str, version: int, request: policy_pb2.StartEpisodeRequest
+        self, episode_id: str, request: policy_pb2.StartEpisodeRequest, rollout: rollout_pb2.Rollout | None
     ) -> episode_pb2.EpisodeStart:
+        """The first record of an episode.  What to run and how to sample is the rollout's to say, when there is one."""
+        asked = rollout if rollout is not None else request
+        follow_live = request.follow_live and rollout is None
+        check_temperature(asked.temperature, field="temperature")
+        if asked.purpose == episode_pb2.PURPOSE_UNSPECIFIED:
+            raise BadRequest("must say what the episode is for, got PURPOSE_UNSPECIFIED", field="purpose")
+        if follow_live and asked.HasField("version"):
+            raise BadRequest(
+                f"an episode follows live or names a version, got version {asked.version} and follow_live",
+                field="follow_live",
+            )
         return episode_pb2.EpisodeStart(
             episode_id=episode_id,
-            task=request.task,
-            initial_state=request.initial_state,
-            purpose=request.purpose,
-            version=version,
-            follow_live=request.follow_live,
-            temperature=request.temperature,
-            seed=request.seed if request.HasField("seed") else secrets.randbits(63),
+            task=asked.task,
+            initial_state=asked.initial_state,
+            purpose=asked.purpose,
+            version=self._versions.check(asked.version) if asked.HasField("version") else self._versions.live,
+            follow_live=follow_live,
+            temperature=asked.temperature,
+            seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
             base_fingerprint=self._spec.base_fingerprint,
             image_path=self._spec.image_path,
             unnorm_key=self._spec.unnorm_key,
@@ -262,6 +257,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             tick_rate_hz=request.tick_rate_hz,
             started_unix_ns=time.time_ns(),
             state_names=[dimension.name for dimension in self._spec.state],
+            rollout_id=rollout.rollout_id if rollout is not None else "",
         )
 
 

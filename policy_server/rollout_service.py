@@ -1,0 +1,194 @@
+"""The Rollouts service: work goes out as leases, experience comes back as episodes.
+
+Everything but the disk happens on the event loop's thread.  Calls that wait for work are served together, so that a
+rollout goes to a worker that holds its task, not to the one that happened to ask first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from policy_server.episode_store import EpisodeStore, Stored
+from policy_server.errors import BadRequest, OutOfOrder, Unavailable
+from policy_server.observation import check_temperature
+from policy_server.refusals import RETRY_SOON_MS, Door, refusing
+from policy_server.rollout_queue import Lease, RolloutQueue, run_of
+from policy_server.versions import Versions
+from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
+from protos.episode_file import DamagedEpisode
+
+MAX_WAIT_S = 30.0
+"""A call waits no longer for work, whatever it asks: a worker is heard of between calls."""
+TICK_S = 1.0
+"""How soon work that has come back is handed to a call that waits."""
+PURPOSES = (episode_pb2.PURPOSE_TRAIN, episode_pb2.PURPOSE_EVALUATE)
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A call that waits for work."""
+
+    request: rollout_pb2.LeaseRolloutRequest
+    lease: asyncio.Future[Lease]
+
+
+class RolloutService(rollout_pb2_grpc.RolloutsServicer):
+    """Without a store there is nowhere to keep what a rollout gives, and so no work."""
+
+    def __init__(self, *, queue: RolloutQueue, store: EpisodeStore | None, versions: Versions):
+        self._queue = queue
+        self._store = store
+        self._versions = versions
+        self._door = Door()
+        self._stopping = asyncio.Event()
+        self._waiting: list[_Waiting] = []
+
+    def open(self) -> None:
+        """From now on work is taken and handed out."""
+        self._door.open()
+
+    def drain(self) -> None:
+        """No more work; streams end when they have sent what is finished by now."""
+        self._door.close()
+        self._stopping.set()
+        for call in self._waiting:
+            if not call.lease.done():
+                call.lease.set_exception(Unavailable("the server is stopping", retry_after_ms=RETRY_SOON_MS))
+
+    async def expire(self) -> None:
+        """Takes back what is not renewed in time and hands it to those that wait; runs until cancelled."""
+        while True:
+            await asyncio.sleep(min(TICK_S, self._queue.lease_s / 4))
+            self._queue.expire()
+            self._hand_out()
+
+    @refusing
+    async def EnqueueRollouts(
+        self, request: rollout_pb2.EnqueueRolloutsRequest, context: Any
+    ) -> rollout_pb2.EnqueueRolloutsReply:
+        self._door.check()
+        self._need_store()
+        for index, rollout in enumerate(request.rollouts):
+            self._check(rollout, f"rollouts[{index}]")
+        added = self._queue.enqueue(request.rollouts)
+        self._hand_out()
+        return rollout_pb2.EnqueueRolloutsReply(added=added)
+
+    @refusing
+    async def CancelRollouts(
+        self, request: rollout_pb2.CancelRolloutsRequest, context: Any
+    ) -> rollout_pb2.CancelRolloutsReply:
+        if not request.run:
+            raise BadRequest("must name a run, got ''", field="run")
+        return rollout_pb2.CancelRolloutsReply(cancelled=self._queue.cancel(request.run))
+
+    @refusing
+    async def GetQueue(self, request: rollout_pb2.GetQueueRequest, context: Any) -> rollout_pb2.QueueStatus:
+        return self._queue.status(request.run)
+
+    @refusing
+    async def LeaseRollout(
+        self, request: rollout_pb2.LeaseRolloutRequest, context: Any
+    ) -> rollout_pb2.LeaseRolloutReply:
+        self._door.check()
+        self._need_store()
+        if not request.worker:
+            raise BadRequest("must be the worker's name, got ''", field="worker")
+        if not request.can_run:
+            raise BadRequest('must name tasks, or suites as "libero_object/*", got none', field="can_run")
+        lease = self._lease(request) or await self._wait(request)
+        if lease is None:
+            return rollout_pb2.LeaseRolloutReply()
+        return rollout_pb2.LeaseRolloutReply(
+            rollout=lease.rollout, lease_id=lease.lease_id, lease_ms=round(1e3 * self._queue.lease_s)
+        )
+
+    @refusing
+    async def RenewLease(self, request: rollout_pb2.RenewLeaseRequest, context: Any) -> rollout_pb2.RenewLeaseReply:
+        return rollout_pb2.RenewLeaseReply(held=self._queue.renew(request.lease_id))
+
+    @refusing
+    async def StreamEpisodes(self, request: rollout_pb2.StreamEpisodesRequest, context: Any) -> None:
+        store = self._need_store()
+        cursor = request.cursor
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            while True:
+                for stored in store.after(cursor):
+                    if stored.damaged or request.run in ("", run_of(stored.rollout_id)):
+                        await self._send(store, stored, context)
+                    cursor = stored.sequence
+                await context.write(rollout_pb2.EpisodePart(sequence=cursor))
+                if not request.follow or stopping.done():
+                    return
+                newer = asyncio.wrap_future(store.beyond(cursor))
+                await asyncio.wait({newer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                newer.cancel()
+        finally:
+            stopping.cancel()
+
+    @refusing
+    async def CommitCursor(
+        self, request: rollout_pb2.CommitCursorRequest, context: Any
+    ) -> rollout_pb2.CommitCursorReply:
+        store = self._need_store()
+        if not request.reader:
+            raise BadRequest("must be the reader's name, got ''", field="reader")
+        if request.leave:
+            await asyncio.to_thread(store.leave, request.reader)
+        else:
+            await asyncio.to_thread(store.commit, request.reader, request.cursor)
+        return rollout_pb2.CommitCursorReply()
+
+    async def _send(self, store: EpisodeStore, stored: Stored, context: Any) -> None:
+        """One episode, record by record; one that cannot be read may be asked for again."""
+        try:
+            records = await asyncio.to_thread(store.records, stored)
+        except DamagedEpisode as error:
+            self._queue.uncount(stored.rollout_id)
+            await context.write(rollout_pb2.EpisodePart(sequence=stored.sequence, damaged=str(error)))
+            return
+        for record in records:
+            await context.write(rollout_pb2.EpisodePart(sequence=stored.sequence, record=record))
+
+    def _lease(self, request: rollout_pb2.LeaseRolloutRequest, *, only_held: bool = False) -> Lease | None:
+        return self._queue.lease(
+            request.worker, request.can_run, holds=request.holds, only_held=only_held or request.only_held
+        )
+
+    async def _wait(self, request: rollout_pb2.LeaseRolloutRequest) -> Lease | None:
+        """Work as soon as there is some; None when there is none for as long as the worker would wait."""
+        call = _Waiting(request, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        try:
+            return await asyncio.wait_for(call.lease, min(request.wait_ms / 1e3, MAX_WAIT_S))
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self._waiting.remove(call)
+
+    def _hand_out(self) -> None:
+        """Gives what waits in the queue to the calls that wait for it, first to workers that hold its task."""
+        for only_held in (True, False):
+            for call in self._waiting:
+                if not call.lease.done() and (lease := self._lease(call.request, only_held=only_held)):
+                    call.lease.set_result(lease)
+
+    def _need_store(self) -> EpisodeStore:
+        if self._store is None:
+            raise OutOfOrder("this server keeps no episodes, so it takes no work: start it with --episodes DIR")
+        return self._store
+
+    def _check(self, rollout: rollout_pb2.Rollout, field: str) -> None:
+        for name in ("rollout_id", "task"):
+            if not getattr(rollout, name):
+                raise BadRequest("must not be empty, got ''", field=f"{field}.{name}")
+        if rollout.purpose not in PURPOSES:
+            raise BadRequest(
+                f"must be PURPOSE_TRAIN or PURPOSE_EVALUATE, got code {rollout.purpose}", field=f"{field}.purpose"
+            )
+        check_temperature(rollout.temperature, field=f"{field}.temperature")
+        if rollout.HasField("version"):
+            self._versions.check(rollout.version, field=f"{field}.version")
