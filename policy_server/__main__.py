@@ -17,7 +17,7 @@ from policy_server.config import ServeConfig
 from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart
 from policy_server.server import Model, PolicyServer
-from policy_server.versions import FIRST_VERSION
+from policy_server.version_store import VersionStore
 
 log = logging.getLogger("policy_server")
 
@@ -28,7 +28,10 @@ SWITCH_S = 1e-4
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT; prints one line "SERVING host:port model version N" when it does."""
+    """Serves until SIGTERM or SIGINT; prints "SERVING host:port model version N" when it does.
+
+    With an admin service a second line, "ADMIN host:port", follows.
+    """
     log.info("%s", config)
     sys.setswitchinterval(SWITCH_S)
     model = load(config)
@@ -41,6 +44,7 @@ def load(config: ServeConfig) -> Model:
 
     from policy_server.vla.action_tokens import UnknownStatistics
     from policy_server.vla.checkpoint import CheckpointError
+    from policy_server.vla.derived import with_adapter
     from policy_server.vla.policy import Policy
     from policy_server.vla_model import VlaModel
 
@@ -53,17 +57,20 @@ def load(config: ServeConfig) -> Model:
     try:
         policy = Policy.load(
             EMBEDDED.get(config.model, config.model),
-            adapter=config.adapter,
+            adapter=None if config.has_versions else config.adapter,
             unnorm_key=config.unnorm_key,
             image_path=None if config.image_path == "checkpoint" else config.image_path,
             device=device,
             dtype=dtype,
             deterministic_batch=config.max_batch if config.deterministic else None,
         )
+        base = policy
+        if config.has_versions and config.adapter is not None:  # published weights are over the base: both are kept
+            policy = base.with_model(with_adapter(base.model, config.adapter))
     except (CheckpointError, UnknownStatistics) as error:
         raise CannotStart(f"cannot serve the model {config.model!r}: {error}") from error
     name = config.model if config.model in EMBEDDED else Path(config.model).name
-    return VlaModel(policy, name=name, max_batch=config.max_batch)
+    return VlaModel(policy, name=name, max_batch=config.max_batch, base=base)
 
 
 async def _serve(config: ServeConfig, model: Model) -> None:
@@ -71,6 +78,9 @@ async def _serve(config: ServeConfig, model: Model) -> None:
     if config.episodes is not None:
         keep_bytes = None if config.keep_gb is None else config.keep_gb * 1e9
         store = EpisodeStore(config.episodes, keep_bytes=keep_bytes)
+    versions = None
+    if config.has_versions:
+        versions = VersionStore(config.versions_folder, first=model.device_fingerprint)
     server = PolicyServer(
         model,
         host=config.host,
@@ -80,13 +90,17 @@ async def _serve(config: ServeConfig, model: Model) -> None:
         queue=config.queue,
         store=store,
         episode_idle_s=config.episode_idle_s,
+        versions=versions,
+        admin_port=config.admin_port,
     )
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     port = await server.start()
     await server.warm_up()
-    print(f"SERVING {config.host}:{port} {model.spec.model} version {FIRST_VERSION}", flush=True)
+    print(f"SERVING {config.host}:{port} {model.spec.model} version {server.live_version}", flush=True)
+    if server.admin_port is not None:
+        print(f"ADMIN {config.host}:{server.admin_port}", flush=True)
     await stopped.wait()
     log.info("stopping: decisions under way are answered first")
     await server.stop()

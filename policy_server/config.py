@@ -62,9 +62,29 @@ class ServeConfig:
     episode_idle_s: float = 600.0
     """An episode that was silent for longer is closed as an error."""
 
+    admin_port: int | None = None
+    """Port of the admin service, which takes new weights: 0 takes a free one, printed when serving; absent, there is
+    none.  Whoever reaches it decides what robots do."""
+
+    versions: Path | None = None
+    """Folder where published versions are kept; absent: `versions` in the folder of episodes, and where there is none
+    either, as long as the server runs."""
+
+    @property
+    def versions_folder(self) -> Path | None:
+        """Where versions outlive the server."""
+        return self.versions or (self.episodes and self.episodes / "versions")
+
+    @property
+    def has_versions(self) -> bool:
+        """Whether there is, or may come to be, more than one."""
+        return self.admin_port is not None or (self.versions_folder is not None and self.versions_folder.is_dir())
+
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in 0..65535, got {self.port}")
+        if self.admin_port is not None and not 0 <= self.admin_port < 65536:
+            raise ValueError(f"admin_port must be in 0..65535, got {self.admin_port}")
         if self.max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
         if not 0 <= self.max_wait_ms <= 1000:

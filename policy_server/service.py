@@ -88,7 +88,10 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     @refusing
     async def StartEpisode(self, request: policy_pb2.StartEpisodeRequest, context: Any) -> policy_pb2.StartEpisodeReply:
         self._door.check()
-        return self._episodes.start(request, self._start_record)
+        reply = self._episodes.start(request, self._start_record)
+        if not self._versions.holds(reply.version):  # it is pinned by now, and will stay
+            await asyncio.to_thread(self._versions.model, reply.version)
+        return reply
 
     @refusing
     async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from policy_server.batcher import DecodeAnswer, DecodeRequest
 from policy_server.errors import BadRequest
 from policy_server.observation import Observed
+from policy_server.version_store import Kind
+from policy_server.vla.checkpoint import CheckpointError, weights_fingerprint
 from policy_server.vla.decoding import DecodeInput
+from policy_server.vla.derived import beside_decoding, with_adapter, with_tensors
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import RESIZE_FILTER, BadInput, Prepared
 from protos import policy_pb2
 from protos.codec import encode_tensor
 
 MAX_IMAGE_BYTES = 16 * 2**20
+MAX_NAMES_BYTES = 2**20
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 """OpenVLA's seven; an action of another length is numbered."""
 STATE_UNITS = {"eef_x": "m", "eef_y": "m", "eef_z": "m", "eef_ax": "rad", "eef_ay": "rad", "eef_az": "rad"}
@@ -22,10 +28,15 @@ DIMENSIONLESS = "1"
 
 
 class VlaModel:
-    """A loaded policy.  `name` is what GetSpec calls it; warm_up() runs passes of 1 and of max_batch requests."""
+    """A loaded policy.  `name` is what GetSpec calls it; warm_up() runs passes of 1 and of max_batch requests.
 
-    def __init__(self, policy: Policy, *, name: str, max_batch: int):
+    base: what published weights are over, where that is not the policy itself.
+    """
+
+    def __init__(self, policy: Policy, *, name: str, max_batch: int, base: Policy | None = None):
         self._policy = policy
+        self._base = base or policy
+        self._name = name
         self._max_batch = max_batch
         self.spec = _spec(policy, name)
 
@@ -65,6 +76,29 @@ class VlaModel:
                 actions_BKA, decoded.token_ids_BN, decoded.token_logprobs_BN, strict=True
             )
         ]
+
+    def score(self, prepared: list[Prepared], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
+        return self._policy.score(prepared, token_ids_BN, temperature)
+
+    @property
+    def device_fingerprint(self) -> str:
+        with beside_decoding(self._policy.model.device):
+            return weights_fingerprint(self._policy.model)
+
+    @property
+    def max_weights_bytes(self) -> int:
+        """The whole model in float32, and some room for the names."""
+        return 4 * sum(p.numel() for p in self._policy.model.parameters()) + MAX_NAMES_BYTES
+
+    def derive(self, folder: Path, kind: Kind) -> VlaModel:
+        make = with_adapter if kind == "lora" else with_tensors
+        try:
+            model = make(self._base.model, folder)
+        except CheckpointError as error:
+            raise BadRequest(str(error).removeprefix(f"{folder}: "), field="data") from error
+        with beside_decoding(model.device):
+            policy = self._base.with_model(model)
+        return VlaModel(policy, name=self._name, max_batch=self._max_batch, base=self._base)
 
     def warm_up(self) -> None:
         side = self._policy.config.sent_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from policy_server.vla.config import ConfigError, VLAConfig
+from policy_server.vla.lora_linear import LoRALinear
 from policy_server.vla.model import VLA
 from policy_server.vla.tokenizer import FILE as TOKENIZER
 from policy_server.vla.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ HUB_FILES = ["*.json", "*.safetensors"]
 SHARD_BYTES = 5_000_000_000
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a model computes in."""
+FLOATS = (*DTYPES.values(), torch.float16)
+"""What weights may be stored in."""
 
 
 class CheckpointError(ValueError):
@@ -48,8 +52,13 @@ class Checkpoint:
         return self.model.config
 
 
-def load_checkpoint(source: Path | str, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Checkpoint:
-    """A model in evaluation mode, of a folder or, where there is none, of a hub id.  Raises CheckpointError."""
+def load_checkpoint(
+    source: Path | str, *, dtype: str | None = "float32", device: torch.device | str = "cpu"
+) -> Checkpoint:
+    """A model in evaluation mode, of a folder or, where there is none, of a hub id.  Raises CheckpointError.
+
+    dtype None keeps what is stored.
+    """
     folder = local_folder(source)
     config = load_config(folder)
     if not (folder / TOKENIZER).is_file():
@@ -60,7 +69,7 @@ def load_checkpoint(source: Path | str, *, dtype: str = "float32", device: torch
         raise CheckpointError(f"{folder}: {TOKENIZER} is not readable: {error}") from error
     with torch.device("meta"):
         model = VLA(config)
-    stored = _fill(model, folder, dtype=DTYPES[dtype], device=torch.device(device))
+    stored = _fill(model, folder, dtype=DTYPES[dtype] if dtype else None, device=torch.device(device))
     return Checkpoint(path=folder, model=model.eval(), tokenizer=tokenizer, fingerprint=stored)
 
 
@@ -114,7 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _fill(model: VLA, folder: Path, *, dtype: torch.dtype, device: torch.device) -> str:
+def _fill(model: VLA, folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> str:
     """Puts the checkpoint's tensors in the place of the model's, which may be on the meta device; their fingerprint."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     tensors: dict[str, torch.Tensor] = {}
@@ -135,6 +144,16 @@ def _fill(model: VLA, folder: Path, *, dtype: torch.dtype, device: torch.device)
     model.load_state_dict(tensors, assign=True)
     model.to(device)
     return _fingerprint(digests)
+
+
+def fault(tensor: torch.Tensor, shape: Sequence[int]) -> str | None:
+    """What is wrong with weights that came from elsewhere, as the rest of a sentence."""
+    if tuple(tensor.shape) != tuple(shape):
+        return f"must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+    if tensor.dtype not in FLOATS:
+        return f"must be one of {[str(dtype).removeprefix('torch.') for dtype in FLOATS]}, got {tensor.dtype}"
+    finite = tensor.isfinite()
+    return None if finite.all() else f"must be finite, got {int((~finite).sum())} values that are not"
 
 
 def shards(folder: Path) -> dict[str, list[str] | None]:
@@ -231,6 +250,27 @@ def preprocessor_config(config: VLAConfig) -> dict[str, Any]:
         ],
         "use_fused_vision_backbone": len(config.towers) == 2,
     }
+
+
+def effective_tensors(model: VLA, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the model computes with, under the published names and with adapters merged in, one tensor at a time.
+
+    With a dtype: as a server holds it that computes in it.
+    """
+    merged = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, tensor in model.state_dict().items():
+        if name in merged:
+            yield name, merged[name].merged_weight(dtype)
+        elif not name.endswith((".lora_A", ".lora_B")):
+            yield name, tensor.to(dtype or tensor.dtype)
+
+
+def weights_fingerprint(model: VLA, dtype: str | None = None) -> str:
+    """fingerprint() of the effective tensors: equal for a learner's adapted model and the version a server made of it.
+
+    dtype: what the server computes in, where this model does not.  How a model is laid out in memory does not matter.
+    """
+    return _fingerprint(digest(*named) for named in effective_tensors(model, DTYPES[dtype] if dtype else None))
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

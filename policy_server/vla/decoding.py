@@ -130,7 +130,9 @@ class _Writer:
 
 class _Clock:
     def __init__(self, device: torch.device):
-        self._synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        # This stream alone: weights of a new version may be on their way beside it.
+        cuda = device.type == "cuda"
+        self._synchronise = torch.cuda.current_stream(device).synchronize if cuda else lambda: None
         self._since_s = time.perf_counter()
 
     def lap_s(self) -> float:

@@ -5,7 +5,9 @@ Shapes: B batch, L tokens of this call, T keys it may see, D width, H heads, d =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -195,7 +197,21 @@ class LanguageModel(nn.Module):
 
 
 def _side_by_side(*linears: nn.Linear) -> torch.Tensor:
-    fused = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, part in zip(linears, fused.split([linear.out_features for linear in linears]), strict=True):
+    parts = [linear.weight.detach() for linear in linears]
+    rows = [linear.out_features for linear in linears]
+    if _adjacent(parts):  # a model made of another's tensors keeps sharing what it has not replaced
+        return parts[0].as_strided((sum(rows), parts[0].shape[1]), parts[0].stride())
+    fused = torch.cat(parts)
+    for linear, part in zip(linears, fused.split(rows), strict=True):
         linear.weight.data = part
     return fused
+
+
+def _adjacent(parts: Sequence[torch.Tensor]) -> bool:
+    """Whether each part begins where the one before it ends, in one piece of memory."""
+    return all(
+        before.is_contiguous()
+        and before.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        and before.storage_offset() + before.numel() == part.storage_offset()
+        for before, part in pairwise(parts)
+    )

@@ -1,5 +1,4 @@
-"""Low-rank adapters (Hu et al., 2021) in PEFT's file layout: W x + (alpha / r) B A x, on every linear layer
-but the head.
+"""Low-rank adapters in PEFT's file layout, on every linear layer but the head.
 
 An adapted layer keeps the base's parameter names and adds lora_A and lora_B, in float32 whatever the base's dtype.
 """
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional
 
-from policy_server.vla.checkpoint import CheckpointError
+from policy_server.vla.checkpoint import CheckpointError, fault
+from policy_server.vla.lora_linear import LoRALinear
 from policy_server.vla.model import VLA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,37 +35,6 @@ FIXED = {
     "alpha_pattern": {},
     "modules_to_save": None,
 }
-
-
-class LoRALinear(nn.Linear):
-    """A linear layer with an adapter beside it; it shares the base's parameters."""
-
-    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = functional.linear(x, self.weight, self.bias)
-        dropped = functional.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return base + (functional.linear(functional.linear(dropped, self.lora_A), self.lora_B) * self.scale).to(x.dtype)
-
-    def merged(self) -> nn.Linear:
-        """A plain linear layer with W + (alpha / r) B A."""
-        merged = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        delta = (self.lora_B @ self.lora_A * self.scale).detach()
-        merged.weight = nn.Parameter((self.weight.detach().float() + delta).to(self.weight.dtype))
-        merged.bias = self.bias
-        return merged
 
 
 def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0) -> list[nn.Parameter]:
@@ -113,26 +81,28 @@ def save_lora(model: VLA, folder: Path | str, *, base: str = "") -> None:
 
 
 def load_lora(model: VLA, folder: Path | str) -> None:
-    """Adapts the layers an adapter names, with its weights.  Raises CheckpointError."""
+    """Adapts the layers an adapter names, with its weights.  Raises CheckpointError, and then changes nothing."""
     folder = Path(folder)
     config, tensors = _read(folder)
     linears = dict(_linears(model))
+    named = {_layer(key, linears, folder) for key in tensors}
     layers: dict[str, LoRALinear] = {}
-    for key in tensors:
-        name, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if matrix not in ("lora_A", "lora_B") or name not in linears:
-            raise CheckpointError(f"{folder}: unknown tensor {key} in {WEIGHTS}")
-        if name not in layers:
-            layers[name] = LoRALinear(
-                linears[name],
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                dropout=float(config.get("lora_dropout", 0.0)),
-            )
+    # Our own adapters name every layer in full; PEFT's may name parts of names, which promise no single layer.
+    for name in sorted(named | (linears.keys() & set(config.get("target_modules") or ()))):
+        matrices = {
+            matrix: _matrix(tensors, f"{PREFIX}{name}.{matrix}.weight", shape, folder)
+            for matrix, shape in _shapes(linears[name], rank=config["r"]).items()
+        }
+        layers[name] = LoRALinear(
+            linears[name],
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config["lora_dropout"]),
+        )
+        for matrix, tensor in matrices.items():
+            getattr(layers[name], matrix).data.copy_(tensor)
     model.language_model.unfuse()
     for name, layer in layers.items():
-        for matrix in ("lora_A", "lora_B"):
-            _copy(getattr(layer, matrix), tensors, f"{PREFIX}{name}.{matrix}.weight", folder)
         _put(model, name, layer)
 
 
@@ -151,22 +121,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = load_file(str(folder / WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a readable adapter: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: {CONFIG} must hold an object, got {type(config).__name__}")
     for key, implemented in FIXED.items():
         if config.get(key) and config[key] != implemented:
             raise CheckpointError(f"{folder}: {CONFIG}: {key} must be {implemented!r}, got {config[key]!r}")
-    if not isinstance(config.get("r"), int) or "lora_alpha" not in config:
-        raise CheckpointError(f"{folder}: {CONFIG} must have r and lora_alpha")
+    limits = {"r": (int, 1, math.inf), "lora_alpha": (int | float, 0, 1e6), "lora_dropout": (int | float, 0, 1)}
+    for key, (kind, least, most) in limits.items():
+        value = config.setdefault(key, 0.0 if key == "lora_dropout" else None)
+        if not isinstance(value, kind) or not least <= value <= most:
+            raise CheckpointError(f"{folder}: {CONFIG}: {key} must be a number in [{least}, {most}], got {value!r}")
+    if not all(isinstance(name, str) for name in config.get("target_modules") or ()):
+        raise CheckpointError(f"{folder}: {CONFIG}: target_modules must be names, got {config['target_modules']!r}")
     return config, tensors
 
 
-def _copy(parameter: nn.Parameter, tensors: dict[str, torch.Tensor], key: str, folder: Path) -> None:
+def _layer(key: str, linears: Mapping[str, nn.Linear], folder: Path) -> str:
+    """The name of the layer that a tensor of an adapter belongs to."""
+    name, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+    if matrix not in ("lora_A", "lora_B") or name not in linears or key != f"{PREFIX}{name}.{matrix}.weight":
+        raise CheckpointError(f"{folder}: unknown tensor {key} in {WEIGHTS}")
+    return name
+
+
+def _shapes(linear: nn.Linear, *, rank: int) -> dict[str, tuple[int, int]]:
+    return {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
+
+
+def _matrix(tensors: Mapping[str, torch.Tensor], key: str, shape: tuple[int, int], folder: Path) -> torch.Tensor:
     if key not in tensors:
         raise CheckpointError(f"{folder}: tensor {key} is missing from {WEIGHTS}")
-    if tensors[key].shape != parameter.shape:
-        raise CheckpointError(
-            f"{folder}: tensor {key} must have shape {tuple(parameter.shape)}, got {tuple(tensors[key].shape)}"
-        )
-    parameter.data.copy_(tensors[key])
+    if wrong := fault(tensors[key], shape):
+        raise CheckpointError(f"{folder}: tensor {key} {wrong}")
+    return tensors[key]
 
 
 def _linears(model: VLA) -> Iterator[tuple[str, nn.Linear]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from policy_server.vla.config import ImagePath, VLAConfig
 from policy_server.vla.decoding import Decoded, DecodeInput, PassShape, decode
 from policy_server.vla.lora import load_lora, merge_lora
+from policy_server.vla.model import VLA
 from policy_server.vla.preprocessing import Prepared, Preprocessor
+from policy_server.vla.scoring import score
 
 DETERMINISTIC_PROMPT_TOKENS = 64
 """Prompts are padded to this many tokens when nothing else is asked for."""
@@ -85,6 +88,13 @@ class Policy:
             max_prompt_tokens=max_prompt_tokens,
         )
 
+    def with_model(self, model: VLA) -> Policy:
+        """The same tokenizer, preprocessing and statistics round other weights, which are laid out for decoding."""
+        policy = copy.copy(self)
+        policy.model = model
+        model.language_model.fuse()
+        return policy
+
     @property
     def config(self) -> VLAConfig:
         return self.model.config
@@ -103,6 +113,10 @@ class Policy:
 
     def decode(self, inputs: Sequence[DecodeInput]) -> Decoded:
         return decode(self.model, inputs, self.shape)
+
+    def score(self, prepared: Sequence[Prepared], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
+        """float32 (B, N): what score() in scoring.py gives."""
+        return score(self.model, prepared, token_ids_BN, temperature)
 
     def actions(self, token_ids_BN: np.ndarray) -> np.ndarray:
         """float32 (B, K, A), in the units of the statistics."""

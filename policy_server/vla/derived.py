@@ -1,0 +1,82 @@
+"""A model made of another's tensors and some of its own: only what differs takes memory.
+
+Both functions leave the base as it is, and raise CheckpointError for weights that do not fit it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from policy_server.vla.checkpoint import WEIGHTS, CheckpointError, fault
+from policy_server.vla.lora import load_lora, merge_lora
+from policy_server.vla.model import VLA
+
+
+def with_tensors(base: VLA, folder: Path) -> VLA:
+    """The base with the tensors of FOLDER/model.safetensors in the place of its own."""
+    try:
+        tensors = load_file(str(folder / WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: {WEIGHTS} is not a readable safetensors file: {error}") from error
+    own = base.state_dict()
+    if not tensors:
+        raise CheckpointError(f"{folder}: {WEIGHTS} must hold at least one tensor, got none")
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise CheckpointError(f"{folder}: unknown tensor {name} in {WEIGHTS}")
+        if wrong := fault(tensor, own[name].shape):
+            raise CheckpointError(f"{folder}: tensor {name} {wrong}")
+    like = {"device": base.device, "dtype": base.language_model.lm_head.weight.dtype}
+    with beside_decoding(base.device):
+        return _checked(_sharing(base, {name: tensor.to(**like) for name, tensor in tensors.items()}), base, folder)
+
+
+def with_adapter(base: VLA, folder: Path) -> VLA:
+    """The base with an adapter in PEFT's layout merged in."""
+    with beside_decoding(base.device):
+        model = _sharing(base, {})
+        load_lora(model, folder)
+        merge_lora(model)
+        return _checked(model, base, folder)
+
+
+@contextmanager
+def beside_decoding(device: torch.device) -> Iterator[None]:
+    """On CUDA the block's work goes beside the passes under way, not before them, and is done when the block ends."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _second_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all versions: memory that a dropped one leaves is used by the next one of the same stream.
+    return torch.cuda.Stream(device)
+
+
+def _sharing(base: VLA, replaced: Mapping[str, torch.Tensor]) -> VLA:
+    """A model with parameters of its own, which lie where the base's lie unless they are replaced."""
+    with torch.device("meta"):
+        model = VLA(base.config)
+    model.load_state_dict({**base.state_dict(), **replaced}, assign=True)
+    return model.to(base.device).eval().requires_grad_(False)
+
+
+def _checked(model: VLA, base: VLA, folder: Path) -> VLA:
+    """The model, whose own tensors are finite on the device too: finite factors may have a product that is not."""
+    shared = base.state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() != shared[name].data_ptr() and not tensor.isfinite().all():
+            raise CheckpointError(f"{folder}: tensor {name} is not finite in {tensor.dtype}")
+    return model
