@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protos import episode_pb2, policy_pb2
+from protos import episode_pb2, policy_pb2, rollout_pb2
 from protos.codec import encode_image, encode_tensor
 from tests.server.fake_model import ACTIONS, SIDE_PX
 
@@ -35,4 +35,10 @@ def start(**fields) -> policy_pb2.StartEpisodeRequest:
 def end(episode_id: str, **fields) -> policy_pb2.EndEpisodeRequest:
     return policy_pb2.EndEpisodeRequest(
         **{"episode_id": episode_id, "outcome": episode_pb2.OUTCOME_SUCCESS, "terminal": True, **fields}
+    )
+
+
+def rollout(rollout_id: str, task: str = "fake/0", **fields) -> rollout_pb2.Rollout:
+    return rollout_pb2.Rollout(
+        **{"rollout_id": rollout_id, "task": task, "purpose": episode_pb2.PURPOSE_TRAIN, "temperature": 1.0, **fields}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import grpc
 
 from policy_server.episode_store import EpisodeStore
 from policy_server.server import PolicyServer
-from protos import policy_pb2_grpc
+from protos import policy_pb2_grpc, rollout_pb2_grpc
 
 DEFAULTS: dict[str, Any] = {"max_batch": 4, "max_wait_ms": 5.0, "queue": 8, "episode_idle_s": 600.0}
 
@@ -32,8 +33,16 @@ class RunningServer:
     def policy(self) -> policy_pb2_grpc.PolicyStub:
         return policy_pb2_grpc.PolicyStub(self.channel)
 
+    @property
+    def rollouts(self) -> rollout_pb2_grpc.RolloutsStub:
+        return rollout_pb2_grpc.RolloutsStub(self.channel)
+
     def begin_stop(self):
-        """Starts a clean stop; gives its future."""
+        """Starts a clean stop, once; gives its future."""
+        return self._stopping
+
+    @functools.cached_property
+    def _stopping(self):
         return asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop)
 
 
@@ -57,11 +66,13 @@ def serving(
 
     server, port = asyncio.run_coroutine_threadsafe(build(), loop).result(60)
     address = f"127.0.0.1:{port}"
+    channel = grpc.insecure_channel(address)
+    running = RunningServer(address=address, channel=channel, server=server, loop=loop, model=model)
     try:
-        with grpc.insecure_channel(address) as channel:
-            yield RunningServer(address=address, channel=channel, server=server, loop=loop, model=model)
+        with channel:
+            yield running
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        running.begin_stop().result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
