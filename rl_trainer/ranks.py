@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-# How long a rank waits for the others: rank 0 writes checkpoints meanwhile.
-PATIENCE = timedelta(minutes=10)
+# How long a rank waits for the others: rank 0 collects experience meanwhile.  One that dies is noticed at once.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,13 @@ class Ranks:
         if self.size > 1:
             distributed.broadcast(tensor, src=0)
         return tensor.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 @contextmanager

@@ -63,10 +63,11 @@ class RolloutQueue:
         self._outstanding |= {rollout.rollout_id: rollout for rollout in rollouts}
         self._call(lambda: self._enqueue(rollouts))
 
-    def finished(self) -> Iterator[Finished]:
-        """Each outstanding rollout once, as it comes in, until none is left."""
+    def finished(self, *, check: Callable[[], None] = lambda: None) -> Iterator[Finished]:
+        """Each outstanding rollout once, as it comes in, until none is left.  check() is called while there are."""
         looked_s = 0.0
         while self._outstanding:
+            check()
             episodes = self._call(self._read)
             for sequence, episode in episodes:
                 rollout = self._outstanding.pop(episode.start.rollout_id, None)

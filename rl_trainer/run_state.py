@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,12 +28,23 @@ class RunState:
     """Samples.fingerprint"""
 
     def save(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        partial = path.with_suffix(".partial")
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial, {"run": json.dumps(asdict(self))})
-        os.replace(partial, path)
+        save_state(path, asdict(self), tensors)
 
     @classmethod
     def load(cls, path: Path) -> tuple[RunState, dict[str, torch.Tensor]]:
         """The state and the optimiser's tensors."""
-        with safe_open(path, "pt") as file:
-            return cls(**json.loads(file.metadata()["run"])), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        fields, tensors = load_state(path)
+        return cls(**fields), tensors
+
+
+def save_state(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """A run's numbers and tensors in one file, which is replaced whole."""
+    partial = path.with_suffix(".partial")
+    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial, {"run": json.dumps(fields)})
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What save_state() wrote."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
