@@ -90,6 +90,7 @@ async def _serve(config: ServeConfig, model: Model) -> None:
         queue=config.queue,
         store=store,
         episode_idle_s=config.episode_idle_s,
+        lease_s=config.lease_s,
         versions=versions,
         admin_port=config.admin_port,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from policy_server.rollout_queue import DEFAULT_LEASE_S
 from protos.channel import DEFAULT_PORT
 
 
@@ -57,10 +58,14 @@ class ServeConfig:
     """Folder where finished episodes are kept; absent keeps none."""
 
     keep_gb: float | None = None
-    """Most gigabytes of episodes to keep; the oldest go first.  Absent keeps all."""
+    """Most gigabytes of episodes to keep; the oldest go first, but none that a trainer has yet to read.  Absent keeps
+    all."""
 
     episode_idle_s: float = 600.0
     """An episode that was silent for longer is closed as an error."""
+
+    lease_s: float = DEFAULT_LEASE_S
+    """A worker that does not renew its lease of a rollout for so long has lost it: the rollout goes to another."""
 
     admin_port: int | None = None
     """Port of the admin service, which takes new weights: 0 takes a free one, printed when serving; absent, there is
@@ -99,3 +104,5 @@ class ServeConfig:
             raise ValueError("keep_gb needs episodes, a folder to keep them in, got none")
         if not self.episode_idle_s > 0:
             raise ValueError(f"episode_idle_s must be positive, got {self.episode_idle_s}")
+        if not self.lease_s > 0:
+            raise ValueError(f"lease_s must be positive, got {self.lease_s}")

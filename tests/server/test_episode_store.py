@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from policy_server import episode_store
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import CannotStart
+from policy_server.errors import CannotStart, Overloaded
 from protos import episode_pb2
-from protos.episode_file import read_episode
+from protos.episode_file import DamagedEpisode, read_episode
 
 
-def record(store: EpisodeStore, episode_id: str, *, bytes_: int = 0) -> int:
-    writer = store.open(episode_pb2.EpisodeStart(episode_id=episode_id))
-    return store.finish(writer, episode_pb2.EpisodeEnd(message="x" * bytes_))
+def record(store: EpisodeStore, episode_id: str, *, rollout_id: str = "", bytes_: int = 0, error: bool = False) -> int:
+    writer = store.open(episode_pb2.EpisodeStart(episode_id=episode_id, rollout_id=rollout_id))
+    outcome = episode_pb2.OUTCOME_ERROR if error else episode_pb2.OUTCOME_FAILURE
+    return store.finish(writer, episode_pb2.EpisodeEnd(outcome=outcome, message="x" * bytes_))
 
 
 def names(folder: Path) -> list[str]:
@@ -73,6 +77,110 @@ def test_the_newest_stays_even_beyond_the_bound_so_that_numbers_are_never_reused
     store.close()
     assert names(tmp_path) == ["00000002-b.episode"]
     assert record(EpisodeStore(tmp_path, keep_bytes=1), "c") == 3
+
+
+def test_a_rollout_is_counted_by_its_episode_even_when_a_crash_came_before_the_number(tmp_path):
+    store = EpisodeStore(tmp_path)
+    record(store, "a", rollout_id="r/0"), record(store, "b", rollout_id="r/1", error=True), record(store, "c")
+    for name, outcome in (("d", episode_pb2.OUTCOME_FAILURE), ("e", episode_pb2.OUTCOME_ERROR)):
+        writer = store.open(episode_pb2.EpisodeStart(episode_id=name, rollout_id=f"r/{name}"))
+        writer.finish(episode_pb2.EpisodeEnd(outcome=outcome))
+    assert store.counted_rollouts() == ["r/0"]
+    store.close()
+    for _ in range(2):
+        store = EpisodeStore(tmp_path)
+        assert store.counted_rollouts() == ["r/0", "r/d"]
+        assert [store.find(name) for name in "abcde"] == [1, 2, 3, 4, 5]
+        store.close()
+
+
+def test_an_episode_that_was_lost_on_the_way_to_its_number_does_not_come_back(tmp_path, monkeypatch):
+    store = EpisodeStore(tmp_path)
+    writer = store.open(episode_pb2.EpisodeStart(episode_id="a", rollout_id="r/0"))
+    monkeypatch.setattr(store, "_number", lambda *_: os.stat("/nowhere"))
+    with pytest.raises(OSError):
+        store.finish(writer, episode_pb2.EpisodeEnd())
+    writer.discard()
+    store.close()
+    assert EpisodeStore(tmp_path).counted_rollouts() == []
+
+
+def test_a_reader_is_told_when_there_is_something_after_its_cursor(tmp_path):
+    store = EpisodeStore(tmp_path)
+    first, second, gone = store.beyond(0), store.beyond(1), store.beyond(0)
+    gone.cancel()
+    assert not first.done()
+    record(store, "a")
+    assert first.done() and not store.beyond(1).done()
+    record(store, "b")
+    assert second.done() and store.beyond(1).done()
+    assert [stored.episode_id for stored in store.after(1)] == ["b"]
+
+
+def test_an_episode_that_is_deleted_while_a_reader_is_about_to_read_it_is_not_damaged(tmp_path):
+    store = EpisodeStore(tmp_path, keep_bytes=1)
+    record(store, "a")
+    (about_to_read,) = store.after(0)
+    record(store, "b")
+    assert store.records(about_to_read) == [] and list((tmp_path / "set_aside").iterdir()) == []
+
+
+def test_an_episode_that_somebody_deleted_by_hand_is_reported(tmp_path):
+    store = EpisodeStore(tmp_path)
+    record(store, "a")
+    (stored,) = store.after(0)
+    stored.path.unlink()
+    with pytest.raises(DamagedEpisode, match=r"00000001-a.episode: cannot be read: No such file"):
+        store.records(stored)
+
+
+def test_a_fault_that_may_pass_sets_no_episode_aside(tmp_path, monkeypatch):
+    store = EpisodeStore(tmp_path)
+    record(store, "a")
+    (stored,) = store.after(0)
+
+    def too_many_files(path: Path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many"):
+        patch.setattr(episode_store, "read_records", too_many_files)
+        store.records(stored)
+    assert len(store.records(stored)) == 2
+
+
+@pytest.mark.parametrize("keep", [0, 12, 20])
+def test_a_file_without_a_beginning_is_set_aside_at_once_and_its_number_is_not_given_again(tmp_path, keep):
+    store = EpisodeStore(tmp_path)
+    record(store, "a", rollout_id="r/0"), record(store, "b", rollout_id="r/1")
+    store.close()
+    path = tmp_path / "00000002-b.episode"
+    path.write_bytes(path.read_bytes()[:keep])
+    for _ in range(2):
+        store = EpisodeStore(tmp_path)
+        assert store.counted_rollouts() == ["r/0"] and names(tmp_path) == ["00000001-a.episode"]
+        (damaged,) = store.after(1)
+        assert "00000002-b.episode" in damaged.damaged
+        store.close()
+    assert record(EpisodeStore(tmp_path), "c") == 3
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"r": "x"}', '{"r": 1'])
+def test_cursors_that_cannot_be_read_are_one_sentence(tmp_path, text):
+    EpisodeStore(tmp_path).close()
+    (tmp_path / "cursors.json").write_text(text)
+    with pytest.raises(CannotStart, match=r"cursors.json must say how far each reader has read"):
+        EpisodeStore(tmp_path)
+
+
+def test_a_cursor_that_the_disk_does_not_take_is_not_acknowledged(tmp_path, monkeypatch):
+    store = EpisodeStore(tmp_path, keep_bytes=1)
+    record(store, "a")
+    store.commit("r", 0)
+    (tmp_path / "cursors.new").mkdir()
+    with pytest.raises(Overloaded, match="the cursor could not be stored: Is a directory"):
+        store.commit("r", 1)
+    record(store, "b")
+    assert len(names(tmp_path)) == 2
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path):

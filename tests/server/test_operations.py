@@ -64,13 +64,13 @@ def test_a_stop_is_not_serving_from_its_first_moment_and_finishes_what_is_in_fli
         stopping.result(10)
 
 
-def test_reflection_names_the_policy_service():
+def test_reflection_names_the_services():
     with serving(FakeModel()) as server:
         stub = reflection_pb2_grpc.ServerReflectionStub(server.channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         (reply,) = stub.ServerReflectionInfo(iter([request]))
         names = {service.name for service in reply.list_services_response.service}
-        assert {"vla_rl.Policy", "grpc.health.v1.Health"} <= names
+        assert {"vla_rl.Policy", "vla_rl.Rollouts", "grpc.health.v1.Health"} <= names
 
 
 def command(*args: object) -> list[str]:
@@ -163,6 +163,7 @@ def test_a_model_that_does_not_exist_ends_the_process_with_code_2_and_no_traceba
         (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
         (["--queue", "2", "--max-batch", "4"], "queue must hold at least one batch (4), got 2"),
         (["--keep-gb", "1"], "keep_gb needs episodes"),
+        (["--lease-s", "0"], "lease_s must be positive, got 0"),
         (["--dtype", "float8"], "float8"),
     ],
 )
