@@ -139,6 +139,25 @@ def test_masked_tokens_cost_exactly_nothing(ratio: str) -> None:
     }
 
 
+def test_the_loss_itself_gives_masked_tokens_no_gradient() -> None:
+    logprobs = torch.full((1, 4), -1.0, requires_grad=True)
+    mask = torch.tensor([[True, False, False, False]])
+    unknown = torch.tensor([[-1.0, -3.0, math.nan, math.inf]])
+    result = ppo_loss(
+        logprobs,
+        unknown,
+        torch.tensor([1.0]),
+        mask,
+        config=LossConfig(reference_weight=0.1),
+        counts=Counts(decisions=1, ticks=1, tokens=1),
+        action_dim=WIDTH,
+        reference_BN=unknown,
+    )
+    [gradient] = torch.autograd.grad(result.total, logprobs)
+    assert gradient.tolist() == [[-1.0, 0.0, 0.0, 0.0]]
+    assert float(result.metrics["ratio"]) == 1
+
+
 @pytest.mark.parametrize("ratio", ["action", "token"])
 def test_parts_of_a_batch_add_up_to_its_gradient_however_it_is_cut(ratio: str) -> None:
     """Defect 8: accumulation is by what there is to score in the whole batch, not a mean of means."""
