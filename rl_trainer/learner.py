@@ -61,7 +61,7 @@ class LearnerConfig:
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     normalise: bool = True
-    """advantages to mean 0 and standard deviation 1 over the batch"""
+    """gae's advantages to mean 0 and standard deviation 1 over the batch; the others are relative already"""
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
@@ -200,13 +200,13 @@ class Learner:
             ]
             advantage_n = np.concatenate(parts)
             target_n = advantage_n + looked.values_n
+            if config.normalise:
+                advantage_n = normalised(advantage_n, np.ones(len(advantage_n), bool))
         else:
             compare = group_relative if config.advantage == "grpo" else leave_one_out
             groups = [(trajectory.task, trajectory.initial_state) for trajectory in trajectories]
             advantage_n = np.repeat(compare(np.array([r_T.sum() for r_T in rewards]), groups), lengths)
             target_n = looked.values_n
-        if config.normalise:
-            advantage_n = normalised(advantage_n, np.ones(len(advantage_n), bool))
         return advantage_n, target_n
 
     def _learn(

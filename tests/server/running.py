@@ -18,7 +18,7 @@ from policy_server.episode_store import EpisodeStore
 from policy_server.server import PolicyServer
 from protos import policy_pb2_grpc, rollout_pb2_grpc
 
-DEFAULTS: dict[str, Any] = {"max_batch": 4, "max_wait_ms": 5.0, "queue": 8, "episode_idle_s": 600.0}
+DEFAULTS: dict[str, Any] = {"port": 0, "max_batch": 4, "max_wait_ms": 5.0, "queue": 8, "episode_idle_s": 600.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class RunningServer:
     @property
     def rollouts(self) -> rollout_pb2_grpc.RolloutsStub:
         return rollout_pb2_grpc.RolloutsStub(self.channel)
+
+    @property
+    def admin_address(self) -> str:
+        return f"127.0.0.1:{self.server.admin_port}"
 
     def begin_stop(self):
         """Starts a clean stop, once; gives its future."""
@@ -58,7 +62,7 @@ def serving(
     thread.start()
 
     async def build() -> tuple[PolicyServer, int]:
-        server = PolicyServer(model, host="127.0.0.1", port=0, store=store, **{**DEFAULTS, **options})
+        server = PolicyServer(model, host="127.0.0.1", store=store, **{**DEFAULTS, **options})
         port = await server.start()
         if warm:
             await server.warm_up()
