@@ -205,11 +205,10 @@ class Episodes:
         return lease
 
     def _claim_rollout(self, episode: Episode, end: episode_pb2.EpisodeEnd) -> None:
-        """An episode that ended well ends as an error, and as nobody's, when its rollout does not wait for it."""
+        """An episode that ended well ends as an error when its rollout has ended without it."""
         if episode.lease is None or end.outcome == episode_pb2.OUTCOME_ERROR or self._rollouts.claim(episode.lease):
             return
         rollout_id = episode.lease.rollout.rollout_id
-        episode.lease = None
         end.outcome = episode_pb2.OUTCOME_ERROR
         end.message = f"not counted: rollout {rollout_id!r} was completed by another episode, set aside or cancelled"
 

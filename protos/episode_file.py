@@ -131,8 +131,8 @@ def read_start(path: Path) -> episode_pb2.EpisodeStart:
         record = episode_pb2.EpisodeRecord.FromString(data)
     except DecodeError as error:
         raise DamagedEpisode(f"{path.name}: record 0 is not an EpisodeRecord: {error}") from error
-    if len(data) < length or not record.HasField("start"):
-        raise DamagedEpisode(f"{path.name}: record 0 must be a whole start, got {record.WhichOneof('record')}")
+    if not record.HasField("start"):
+        raise DamagedEpisode(f"{path.name}: record 0 must be a start, got {record.WhichOneof('record')}")
     return record.start
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 from tests.server import messages
 from tests.server.running import eventually

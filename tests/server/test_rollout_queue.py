@@ -255,6 +255,18 @@ def test_a_late_error_counts_as_one_but_takes_nothing_from_who_has_the_rollout_n
     assert counts(queue) == (0, 0, 0, 1)
 
 
+def test_late_errors_set_aside_a_rollout_that_waits(queue, clock):
+    enqueue(queue, "a")
+    late = []
+    for _ in range(ATTEMPTS):
+        late.append(lease(queue))
+        clock.now_s += LEASE_S
+    assert counts(queue) == (1, 0, 0, 0)
+    for one in late:
+        queue.fail(one, "its worker died")
+    assert counts(queue) == (0, 0, 0, 1) and queue.lease("w", ALL) is None
+
+
 def test_an_error_after_the_rollout_was_counted_is_nobodys(queue, clock):
     enqueue(queue, "a")
     late = lease(queue)
