@@ -1,15 +1,16 @@
-"""python -m policy_server serve | compare"""
+"""python -m policy_server serve | merge | compare"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -108,6 +109,45 @@ async def _serve(config: ServeConfig, model: Model) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Write a model and its adapter as one checkpoint in the published layout."""
+
+    model: str = "nano"
+    """`nano`, a checkpoint folder, or a hub id."""
+
+    adapter: Path
+    """A LoRA adapter in PEFT's layout."""
+
+    out: Path
+    """The folder to write, which must not exist."""
+
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    """Of the written weights; `stored` is what the model's own are in."""
+
+
+def merge(config: MergeConfig) -> int:
+    """Writes the checkpoint, whole or not at all.  Raises CannotStart."""
+    from policy_server.vla.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from policy_server.vla.lora import load_lora, merge_lora
+
+    if config.out.exists():
+        raise CannotStart(f"out must be a new folder, but {str(config.out)!r} exists")
+    partial = config.out.with_name(f"{config.out.name}.partial")
+    try:
+        dtype = None if config.dtype == "stored" else config.dtype
+        base = load_checkpoint(EMBEDDED.get(config.model, config.model), dtype=dtype)
+        load_lora(base.model, config.adapter)
+        merge_lora(base.model)
+        shutil.rmtree(partial, ignore_errors=True)
+        save_checkpoint(partial, base.model, base.tokenizer)
+        partial.rename(config.out)
+    except (CheckpointError, OSError) as error:
+        raise CannotStart(f"cannot merge: {error}") from error
+    print(f"MERGED {config.model} and {config.adapter} in {config.out}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Print this model's outputs beside the recorded ones of a reference."""
 
@@ -129,15 +169,18 @@ def compare(config: CompareConfig) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 after a clean stop or a good comparison, 1 after a bad one, 2 when nothing can run as configured."""
+    """0 after a clean stop, a merge or a good comparison, 1 after a bad one, 2 when nothing can run as configured."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     config = tyro.cli(
         Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+        | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
         | Annotated[CompareConfig, tyro.conf.subcommand("compare")],
         args=args,
         prog="policy_server",
     )
     try:
+        if isinstance(config, MergeConfig):
+            return merge(config)
         if isinstance(config, CompareConfig):
             return compare(config)
         serve(config)

@@ -184,7 +184,7 @@ class VersionStore:
             log.warning("weights in %s were never published: dropped", unfinished.name)
             shutil.rmtree(unfinished)
         for folder in sorted(path for path in self._folder.iterdir() if path.name.isdigit()):
-            version = Version(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+            version = _read_record(folder)
             self._versions[version.version] = version
         with contextlib.suppress(FileNotFoundError):
             state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
@@ -208,6 +208,13 @@ def _first(fingerprint: str) -> Version:
         published_unix_ns=0,
         device_fingerprint=fingerprint,
     )
+
+
+def _read_record(folder: Path) -> Version:
+    try:
+        return Version(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"version {folder.name} has no readable {RECORD}: {error}") from error
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """A model made of another's tensors and some of its own: only what differs takes memory.
 
-Both functions leave the base as it is, and raise CheckpointError for weights that do not fit it.
+Every function leaves the model it starts from as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from policy_server.vla.checkpoint import WEIGHTS, CheckpointError, fault
+from policy_server.vla.checkpoint import DTYPES, WEIGHTS, CheckpointError, effective_tensors, fault
 from policy_server.vla.lora import load_lora, merge_lora
 from policy_server.vla.model import VLA
 
 
 def with_tensors(base: VLA, folder: Path) -> VLA:
-    """The base with the tensors of FOLDER/model.safetensors in the place of its own."""
+    """The base with the tensors of FOLDER/model.safetensors in the place of its own.  Raises CheckpointError."""
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
@@ -35,16 +35,24 @@ def with_tensors(base: VLA, folder: Path) -> VLA:
             raise CheckpointError(f"{folder}: tensor {name} {wrong}")
     like = {"device": base.device, "dtype": base.language_model.lm_head.weight.dtype}
     with beside_decoding(base.device):
-        return _checked(_sharing(base, {name: tensor.to(**like) for name, tensor in tensors.items()}), base, folder)
+        replaced = {name: tensor.to(**like) for name, tensor in tensors.items()}
+        return _checked(_sharing(base, {**own, **replaced}), base, folder)
 
 
 def with_adapter(base: VLA, folder: Path) -> VLA:
-    """The base with an adapter in PEFT's layout merged in."""
+    """The base with an adapter in PEFT's layout merged in.  Raises CheckpointError."""
     with beside_decoding(base.device):
-        model = _sharing(base, {})
+        model = _sharing(base, base.state_dict())
         load_lora(model, folder)
         merge_lora(model)
         return _checked(model, base, folder)
+
+
+def as_served(model: VLA, dtype: str) -> VLA:
+    """What a server that computes in `dtype` makes of the model: adapters merged, cast, laid out for decoding."""
+    served = _sharing(model, dict(effective_tensors(model, DTYPES[dtype])))
+    served.language_model.fuse()
+    return served
 
 
 @contextmanager
@@ -65,11 +73,11 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _sharing(base: VLA, replaced: Mapping[str, torch.Tensor]) -> VLA:
-    """A model with parameters of its own, which lie where the base's lie unless they are replaced."""
+def _sharing(base: VLA, tensors: Mapping[str, torch.Tensor]) -> VLA:
+    """A model with parameters of its own, which lie where the tensors lie."""
     with torch.device("meta"):
         model = VLA(base.config)
-    model.load_state_dict({**base.state_dict(), **replaced}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     return model.to(base.device).eval().requires_grad_(False)
 
 
