@@ -62,7 +62,7 @@ class RolloutsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelRollouts(self, request, context):
-        """Trainer: takes work back that nobody runs yet, and forgets what became of the rest.
+        """Trainer: takes back what has not ended, and forgets what was set aside.  What is done stays done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
