@@ -35,7 +35,8 @@ def with_tensors(base: VLA, folder: Path) -> VLA:
             raise CheckpointError(f"{folder}: tensor {name} {wrong}")
     like = {"device": base.device, "dtype": base.language_model.lm_head.weight.dtype}
     with beside_decoding(base.device):
-        replaced = {name: tensor.to(**like) for name, tensor in tensors.items()}
+        # Copies always: what was loaded may be a view of the file, which the version must outlive.
+        replaced = {name: tensor.to(**like, copy=True) for name, tensor in tensors.items()}
         return _checked(_sharing(base, {**own, **replaced}), base, folder)
 
 

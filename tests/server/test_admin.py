@@ -88,7 +88,11 @@ def test_an_episode_stays_with_its_version_while_live_moves(admin_server, admin,
 def test_an_episode_of_a_version_that_is_no_longer_held_gets_it_back(admin_server, admin, base):
     for by in (0.1, 0.2, 0.3, 0.4):
         publish(admin, base, by)
-    chunk = act(admin_server, start(admin_server, version=1).episode_id)
+    versions = admin_server.server._versions
+    assert not versions.holds(1)
+    opened = start(admin_server, version=1)
+    assert versions.holds(1)  # before the robot asks for anything
+    chunk = act(admin_server, opened.episode_id)
     tokens = decode_tensor(chunk.token_ids)
     assert chunk.version == 1
     np.testing.assert_allclose(scored(admin, 1, tokens), decode_tensor(chunk.token_logprobs), atol=5e-5)
@@ -147,6 +151,37 @@ def test_published_weights_are_over_the_base_also_where_the_server_began_with_an
         stub = admin_pb2_grpc.AdminStub(channel)
         reply = stub.PublishWeights(publication(fingerprint, data, kind=LORA, adapter_config=config), timeout=60)
     assert reply.device_fingerprint == model.device_fingerprint  # once, not twice
+
+
+def test_a_server_without_an_admin_service_serves_the_live_version_that_it_finds(tiny_model, base, tmp_path):
+    def store() -> VersionStore:
+        return VersionStore(tmp_path, first=tiny_model.device_fingerprint)
+
+    with serving(tiny_model, versions=store(), admin_port=0) as server:
+        with grpc.insecure_channel(server.admin_address) as channel:
+            publish(admin_pb2_grpc.AdminStub(channel), base, 0.5, set_live=True)
+        first = act(server, start(server).episode_id)
+    with serving(tiny_model, versions=store()) as server:
+        assert act(server, start(server).episode_id).token_logprobs == first.token_logprobs
+        assert server.server.live_version == first.version == 1 and server.server.admin_port is None
+
+
+@pytest.mark.parametrize(
+    ("options", "folder", "several"),
+    [
+        ({}, None, False),
+        ({"admin_port": 0}, None, True),
+        ({"episodes": "e"}, "e/versions", False),
+        ({"episodes": "e", "admin_port": 0}, "e/versions", True),
+        ({"episodes": "kept"}, "kept/versions", True),
+        ({"episodes": "e", "versions": "v"}, "v", False),
+    ],
+)
+def test_versions_are_kept_beside_the_episodes_unless_told_otherwise(tmp_path, options, folder, several):
+    (tmp_path / "kept" / "versions").mkdir(parents=True)
+    paths = {name: value if name == "admin_port" else tmp_path / value for name, value in options.items()}
+    config = ServeConfig(**paths)
+    assert config.versions_folder == (folder and tmp_path / folder) and config.has_versions == several
 
 
 class Process:
