@@ -131,6 +131,18 @@ class RolloutQueue:
         self._workers.setdefault(lease.worker, _Worker(0.0, frozenset())).heard_s = self._now()
         return True
 
+    def give_back(self, lease_id: str, error: str) -> None:
+        """The worker will not run it; with an error, that was an attempt.  A lease that is lost is nobody's to give."""
+        lease = self.find(lease_id)
+        if lease is None:
+            return
+        if error:
+            self.fail(lease, error)
+        else:
+            entry = self._outstanding[lease.rollout.rollout_id]
+            self._take_out(entry)
+            self._put_back(entry)
+
     def expire(self) -> None:
         """Takes back what was not renewed in time."""
         while self._held:

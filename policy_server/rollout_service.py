@@ -110,6 +110,12 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         return rollout_pb2.RenewLeaseReply(held=self._queue.renew(request.lease_id))
 
     @refusing
+    async def ReturnLease(self, request: rollout_pb2.ReturnLeaseRequest, context: Any) -> rollout_pb2.ReturnLeaseReply:
+        self._queue.give_back(request.lease_id, request.error)
+        self._hand_out()
+        return rollout_pb2.ReturnLeaseReply()
+
+    @refusing
     async def StreamEpisodes(self, request: rollout_pb2.StreamEpisodesRequest, context: Any) -> None:
         store = self._need_store()
         cursor = request.cursor

@@ -112,6 +112,18 @@ class RenewLeaseReply(_message.Message):
     held: bool
     def __init__(self, held: bool = ...) -> None: ...
 
+class ReturnLeaseRequest(_message.Message):
+    __slots__ = ("lease_id", "error")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    error: str
+    def __init__(self, lease_id: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReturnLeaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class StreamEpisodesRequest(_message.Message):
     __slots__ = ("cursor", "run", "follow")
     CURSOR_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class RolloutsStub(object):
                 request_serializer=protos_dot_rollout__pb2.RenewLeaseRequest.SerializeToString,
                 response_deserializer=protos_dot_rollout__pb2.RenewLeaseReply.FromString,
                 )
+        self.ReturnLease = channel.unary_unary(
+                '/vla_rl.Rollouts/ReturnLease',
+                request_serializer=protos_dot_rollout__pb2.ReturnLeaseRequest.SerializeToString,
+                response_deserializer=protos_dot_rollout__pb2.ReturnLeaseReply.FromString,
+                )
         self.StreamEpisodes = channel.unary_stream(
                 '/vla_rl.Rollouts/StreamEpisodes',
                 request_serializer=protos_dot_rollout__pb2.StreamEpisodesRequest.SerializeToString,
@@ -89,6 +94,13 @@ class RolloutsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReturnLease(self, request, context):
+        """Worker: gives a lease back before any episode of it was started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamEpisodes(self, request, context):
         """Trainer: every finished episode after a cursor, in the order they were finished, record by record.
         """
@@ -130,6 +142,11 @@ def add_RolloutsServicer_to_server(servicer, server):
                     servicer.RenewLease,
                     request_deserializer=protos_dot_rollout__pb2.RenewLeaseRequest.FromString,
                     response_serializer=protos_dot_rollout__pb2.RenewLeaseReply.SerializeToString,
+            ),
+            'ReturnLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnLease,
+                    request_deserializer=protos_dot_rollout__pb2.ReturnLeaseRequest.FromString,
+                    response_serializer=protos_dot_rollout__pb2.ReturnLeaseReply.SerializeToString,
             ),
             'StreamEpisodes': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamEpisodes,
@@ -233,6 +250,23 @@ class Rollouts(object):
         return grpc.experimental.unary_unary(request, target, '/vla_rl.Rollouts/RenewLease',
             protos_dot_rollout__pb2.RenewLeaseRequest.SerializeToString,
             protos_dot_rollout__pb2.RenewLeaseReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ReturnLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/vla_rl.Rollouts/ReturnLease',
+            protos_dot_rollout__pb2.ReturnLeaseRequest.SerializeToString,
+            protos_dot_rollout__pb2.ReturnLeaseReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -1,4 +1,4 @@
-"""`python -m rl_trainer sft`: behaviour cloning from demonstrations."""
+"""`python -m rl_trainer train | sft`: online improvement of a served policy, behaviour cloning from demonstrations."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ import sys
 import tyro
 
 from policy_server.vla.checkpoint import CheckpointError
+from rl_trainer.launch import ChildFailed
+from rl_trainer.publisher import PublishMismatch
+from rl_trainer.rollouts import ServerGone
 from rl_trainer.sft import SftConfig, sft
+from rl_trainer.train import TrainConfig, train
 
-COMMANDS = {SftConfig: sft}
+COMMANDS = {TrainConfig: train, SftConfig: sft}
+FAILED = 1
+"""A run that was going and cannot go on."""
 
 
 def main() -> int:
     """Parses the command line and runs the command; 2 for what the user can put right."""
-    config = tyro.extras.subcommand_cli_from_dict({"sft": SftConfig}, prog="python -m rl_trainer", description=__doc__)
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"train": TrainConfig, "sft": SftConfig}, prog="python -m rl_trainer", description=__doc__
+    )
     print(config, flush=True)
     try:
         COMMANDS[type(config)](config)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (PublishMismatch, ServerGone, ChildFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     return 0
 
 

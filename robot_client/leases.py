@@ -67,6 +67,15 @@ class Leases:
         """Its episode has ended: it is renewed no more."""
         self._held.discard(lease_id)
 
+    def give_back(self, lease_id: str, error: str = "") -> None:
+        """No episode of it was started: it goes back to the queue, with an error as a failed attempt."""
+        self.let_go(lease_id)
+        request = rollout_pb2.ReturnLeaseRequest(lease_id=lease_id, error=error)
+        try:
+            self._stub.ReturnLease(request, timeout=self._deadline_s)
+        except grpc.RpcError as failure:
+            log.warning("lease %s was not given back: %s", lease_id, of_rpc(failure, self._address))
+
     def close(self) -> None:
         """Renews no more leases; what is held goes back to the queue when its time is over."""
         self._closed.set()

@@ -110,7 +110,13 @@ def _man_post(
     while True:
         progress("step")
         lease = _take(leases, scenes)
-        if lease is not None:
+        if lease is None:
+            continue
+        try:
+            find_task(lease.rollout.task)
+        except ValueError as error:
+            leases.give_back(lease.lease_id, str(error))
+        else:
             progress("build")
             _run_leases(config, client, leases, scenes, lease, progress)
             scenes.require_budget()
@@ -147,7 +153,10 @@ def _run_leases(
         arms, rollouts(), client, observers=lambda _: [Heartbeat(progress)], on_wait=lambda: progress("step")
     )
     for result in results:
-        leases.let_go(result.rollout.lease_id)
+        if result.episode_id:
+            leases.let_go(result.rollout.lease_id)
+        else:
+            leases.give_back(result.rollout.lease_id, result.message)
         if result.outcome == "error":
             logger.warning("%s %s: %s", task, result.rollout.task.initial_state, result.message)
 

@@ -76,6 +76,18 @@ def test_leased_rollouts_are_run_as_they_were_asked_for_even_when_a_worker_is_ki
         assert len(episode.ticks) == 300 and not episode.end.terminal
 
 
+def test_work_that_cannot_be_run_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+    good, no_task, no_state = rollouts(3)
+    no_task.task, no_state.initial_state = "robosuite/99", "17"
+    with serving(WanderingModel(), episodes=tmp_path, max_batch=8) as server, worker(server):
+        asked = rollout_pb2.EnqueueRolloutsRequest(rollouts=[no_task, no_state, good])
+        server.rollouts.EnqueueRollouts(asked)
+        eventually(lambda: status(server).done == 1 and len(status(server).set_aside) == 2, within_s=200)
+        aside = {item.rollout.rollout_id: item.errors for item in status(server).set_aside}
+    assert all(len(errors) == 3 for errors in aside.values())
+    assert "99" in aside[no_task.rollout_id][0] and "'17'" in aside[no_state.rollout_id][0]
+
+
 def test_suites_and_sizes_that_make_no_sense_are_refused() -> None:
     assert "robosuite" in suites_here()
     with pytest.raises(ValueError, match="'nowhere'"):

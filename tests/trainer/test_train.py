@@ -1,0 +1,93 @@
+"""Online runs: a server and workers of their own, robosuite's Lift, a tiny policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_trainer.learner import LearnerConfig
+from rl_trainer.train import STATE, TrainConfig, cells_of, seed_of, train
+from rl_trainer.train_state import TrainState
+
+LISTED = {
+    "tasks": {"suite/0": "lift", "suite/1": "stack"},
+    "splits": {"train": ["0", "1", "2"], "tune": ["3", "4"]},
+}
+
+
+def config_of(out: Path, model: Path, **changes) -> TrainConfig:
+    settings = {
+        "suite": "robosuite",
+        "tasks": (0,),
+        "model": str(model),
+        "iterations": 2,
+        "rollouts": 2,
+        "evaluate_every": 2,
+        "evaluate_states": 1,
+        "processes": 1,
+        "slots": 2,
+        "deterministic": True,
+        "learner": LearnerConfig(warm_up=1, learning_rate=1e-3),
+    }
+    return TrainConfig(out=out, **settings | changes)
+
+
+def curve(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_continues_bit_for_bit(tiny_vla: Path, tmp_path: Path) -> None:
+    whole, parts = config_of(tmp_path / "whole", tiny_vla), config_of(tmp_path / "parts", tiny_vla)
+    train(whole)
+    train(replace(parts, iterations=1))
+    train(replace(parts, resume=True))
+    (first, expected), (second, got) = (TrainState.load(config.out / STATE) for config in (whole, parts))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert first.counts == second.counts and first.counts["episodes"] == 4
+    assert first.curriculum == second.curriculum
+    rows = [[row for row in curve(config.out) if "success/train" in row] for config in (whole, parts)]
+    for a, b in zip(*rows, strict=True):
+        assert [a[name] for name in ("step", "policy_loss", "value_loss", "environment_steps")] == [
+            b[name] for name in ("step", "policy_loss", "value_loss", "environment_steps")
+        ]
+        assert a["logprob_gap"] < 1e-4
+    evaluated = [row["step"] for row in curve(whole.out) if "success/evaluate" in row]
+    assert evaluated == [0, 2]
+    assert (whole.out / "last" / "config.json").exists() and (whole.out / "curve.png").exists()
+    with pytest.raises(ValueError, match="rollouts was 2, got 4"):
+        train(replace(parts, resume=True, rollouts=4))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(parts)
+
+
+def test_cells_are_all_states_of_the_split_or_the_first_of_each_task() -> None:
+    assert cells_of(LISTED, (), "tune") == [(f"suite/{task}", state) for task in (0, 1) for state in ("3", "4")]
+    assert cells_of(LISTED, (1,), "train", first=2) == [("suite/1", "0"), ("suite/1", "1")]
+    with pytest.raises(ValueError, match=r"0\.\.1, got \[2\]"):
+        cells_of(LISTED, (2,), "train")
+    with pytest.raises(ValueError, match=r"\['train', 'tune'\], got 'test'"):
+        cells_of(LISTED, (), "test")
+
+
+def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
+    seeds = {seed_of(run, name, number) for run in (0, 1) for name in ("0", "1") for number in range(5)}
+    assert len(seeds) == 20 and seed_of(0, "1", 3) == seed_of(0, "1", 3)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0, got 0"),
+        ({"rollouts": 5, "group": 2}, "whole groups of 2, got 5"),
+        ({"learner": LearnerConfig(advantage="grpo")}, "group must be >= 2, got 1"),
+        ({"server": "localhost:1"}, "server and admin are given together"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(tmp_path, tmp_path, **changes)
