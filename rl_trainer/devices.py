@@ -1,0 +1,144 @@
+"""What this machine has to compute and to render on: GPUs as nvidia-smi lists them, EGL's devices, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+QUERY = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id,memory.total", "--format=csv,noheader,nounits"]
+LISTING = ["nvidia-smi", "-L"]
+PATIENCE_S = 30.0
+MOST_EGL_DEVICES = 10
+"""mujoco asks EGL for no more: a device beyond them cannot be chosen."""
+EGL_DRM_FILES = (0x3233, 0x3377)
+"""EGL_DRM_DEVICE_FILE_EXT and EGL_DRM_RENDER_NODE_FILE_EXT, of the extensions of these names."""
+DRM = Path("/sys/class/drm")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mig:
+    """A part of a divided GPU."""
+
+    uuid: str
+    """MIG-..."""
+    profile: str
+    """for instance 3g.20gb"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU."""
+
+    index: int
+    """as nvidia-smi counts: by PCI bus id"""
+    uuid: str
+    """GPU-..."""
+    pci: str
+    """pci_address()"""
+    memory_gb: float
+    """GiB"""
+    mig: tuple[Mig, ...] = ()
+    """its parts, where it is divided"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EglDevice:
+    """One entry of eglQueryDevicesEXT."""
+
+    index: int
+    """what MUJOCO_EGL_DEVICE_ID counts; the order is not CUDA's"""
+    pci: str | None
+    """pci_address(); None for a renderer in software"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """This host, or one that a test made up."""
+
+    memory_gb: float
+    """GiB that processes may fill together"""
+    gpus: tuple[Gpu, ...] = ()
+    egl: tuple[EglDevice, ...] = ()
+
+
+def find_machine() -> Machine:
+    """The host that this runs on."""
+    return Machine(memory_gb=memory_gb(), gpus=find_gpus(), egl=find_egl())
+
+
+def memory_gb() -> float:
+    """What the machine has or, where that is less, what the container may use, GiB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(total, total if limit == "max" else int(limit)) / 2**30
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """Empty where there is no nvidia-smi, or it finds no driver."""
+    return parse_gpus(_output(QUERY), _output(LISTING))
+
+
+def parse_gpus(table: str, listing: str) -> tuple[Gpu, ...]:
+    """The GPUs in the output of QUERY, with the instances in that of LISTING."""
+    instances: dict[str, list[Mig]] = {}
+    gpu = ""
+    for line in listing.splitlines():
+        found = re.search(r"\(UUID: ([^)]+)\)", line)
+        if line.startswith("GPU ") and found:
+            gpu = found[1]
+        elif found and (profile := re.match(r"\s+MIG (\S+)", line)):
+            instances.setdefault(gpu, []).append(Mig(uuid=found[1], profile=profile[1]))
+    rows = [[field.strip() for field in line.split(",")] for line in table.splitlines() if line.strip()]
+    gpus = [
+        Gpu(index=int(index), uuid=uuid, pci=pci_address(pci), memory_gb=round(int(mib) / 1024, 1))
+        for index, uuid, pci, mib in rows
+    ]
+    return tuple(replace(gpu, mig=tuple(instances.get(gpu.uuid, ()))) for gpu in gpus)
+
+
+def pci_address(text: str) -> str:
+    """One spelling of domain:bus:device.function: nvidia-smi's 00000000:3B:00.0 and Linux's 0000:3b:00.0 are one."""
+    domain, bus, slot = text.lower().split(":")
+    return f"{int(domain, 16):04x}:{bus}:{slot}"
+
+
+def find_egl() -> tuple[EglDevice, ...]:
+    """The devices mujoco could render on through EGL, in its order; empty where EGL cannot list them."""
+    library = ctypes.util.find_library("EGL")
+    if library is None:
+        return ()
+    address_of = ctypes.CDLL(library).eglGetProcAddress
+    address_of.restype, address_of.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    list_devices, string_of = address_of(b"eglQueryDevicesEXT"), address_of(b"eglQueryDeviceStringEXT")
+    if not list_devices or not string_of:
+        return ()
+    handles, count = (ctypes.c_void_p * MOST_EGL_DEVICES)(), ctypes.c_int()
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(list_devices)
+    if not query(MOST_EGL_DEVICES, handles, ctypes.byref(count)):
+        return ()
+    string = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)(string_of)
+    files = [[string(handle, name) for name in EGL_DRM_FILES] for handle in handles[: count.value]]
+    return tuple(EglDevice(index=index, pci=pci_of_drm(named)) for index, named in enumerate(files))
+
+
+def pci_of_drm(files: list[bytes | None], drm: Path = DRM) -> str | None:
+    """Where the device behind one of its /dev/dri files sits, as sysfs says: the file itself may not be there."""
+    for file in filter(None, files):
+        link = drm / Path(os.fsdecode(file)).name / "device"
+        if link.exists() and re.fullmatch(r"[0-9a-f]+:[0-9a-f]+:[0-9a-f.]+", link.resolve().name):
+            return pci_address(link.resolve().name)
+    return None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
