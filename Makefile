@@ -56,7 +56,7 @@ $(NANO)/corrections.done: $(NANO)/first.done
 	@touch $@
 
 $(NANO)/second.done: $(NANO)/corrections.done
-	$(SFT) --out $(NANO)/second --init $(NANO)/first/last --learning-rate 8e-4 --minutes 50
+	$(SFT) --out $(NANO)/second --init $(NANO)/first/last --learning-rate 8e-4 --minutes 42
 	@touch $@
 
 # The oldest generator that any supported environment accepts, in an environment of its own.
