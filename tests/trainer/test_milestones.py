@@ -56,34 +56,34 @@ GRASP = path_of(
 )
 
 
-def test_keyframes_are_where_a_hand_that_moved_in_its_segment_has_come_to_rest_and_the_end():
+def test_keyframes_are_where_a_hand_that_moved_in_its_segment_has_come_to_rest_and_the_end() -> None:
     assert np.flatnonzero(keyframes(GRASP, KEYFRAMES)).tolist() == [3, 4, 8]
 
 
-def test_a_hand_that_rests_before_it_ever_moved_is_at_no_milestone():
+def test_a_hand_that_rests_before_it_ever_moved_is_at_no_milestone() -> None:
     waiting = path_of([0, STILL, STILL, FAST, FAST], [0.08] * 5)
     assert np.flatnonzero(keyframes(waiting, KEYFRAMES)).tolist() == [4]
 
 
-def test_the_frames_that_lead_to_a_keyframe_are_positive_as_long_before_it_as_asked():
+def test_the_frames_that_lead_to_a_keyframe_are_positive_as_long_before_it_as_asked() -> None:
     assert positive_ticks(GRASP, KEYFRAMES) == [10, 15, 20, 35, 40]
     assert positive_ticks(GRASP, replace(KEYFRAMES, lead_s=0.5)) == [5, 10, 15, 20, 30, 35, 40]
     assert positive_ticks(GRASP, replace(KEYFRAMES, lead_s=0.0)) == [15, 20, 40]
 
 
-def test_what_leads_to_a_keyframe_does_not_reach_into_the_segment_before_it():
+def test_what_leads_to_a_keyframe_does_not_reach_into_the_segment_before_it() -> None:
     # The fingers come to rest in frame 2, the hand in frame 3.
     motion = path_of([0, FAST, FAST, FAST, STILL, FAST, FAST], [0.08, 0.08, 0.04, 0.04, 0.04, 0.04, 0.04])
     assert positive_ticks(motion, replace(KEYFRAMES, lead_s=1.0)) == [15, 20, 25, 30]
 
 
-def test_speeds_are_in_metres_a_second_whatever_the_stride():
+def test_speeds_are_in_metres_a_second_whatever_the_stride() -> None:
     slow = path_of([0, FAST, FAST, 0.02, FAST], [0.08] * 5)  # 0.08 m/s in frame 3
     assert not keyframes(slow, KEYFRAMES)[3]
     assert keyframes(path_of([0, FAST, FAST, 0.02, FAST], [0.08] * 5, stride=10), KEYFRAMES)[3]  # 0.04 m/s
 
 
-def test_with_a_frame_every_tick_the_window_rule_is_the_published_one():
+def test_with_a_frame_every_tick_the_window_rule_is_the_published_one() -> None:
     motion = commanded(60, slice(20, 40), stride=1)
     # closes at 20: 31 +- 2 of every 5th frame; opens at 40: 40 +- 2; the last ten are 50 to 59
     assert positive_ticks(motion, WINDOW) == [30, 40, 50, 55]
@@ -92,18 +92,18 @@ def test_with_a_frame_every_tick_the_window_rule_is_the_published_one():
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("closed", [17, 18, 19, 20, 21])
-def test_at_any_stride_a_frame_shows_the_gripper_closing_and_one_shows_it_opening(stride: int, closed: int):
+def test_at_any_stride_a_frame_shows_the_gripper_closing_and_one_shows_it_opening(stride: int, closed: int) -> None:
     ticks = positive_ticks(commanded(100, slice(closed, 60), stride=stride), WINDOW)
     assert any(abs(tick - closed - 11) <= 4 for tick in ticks)
     assert any(abs(tick - 60) <= 4 for tick in ticks)
     assert all(min(abs(t - closed - 11), abs(t - 60)) <= 4 or t >= 90 for t in ticks)
 
 
-def test_a_gripper_that_is_never_told_anything_else_leaves_only_the_end():
+def test_a_gripper_that_is_never_told_anything_else_leaves_only_the_end() -> None:
     assert positive_ticks(commanded(40, slice(0, 0), stride=4), WINDOW) == [32, 36]
 
 
-def test_an_episode_is_read_in_its_own_ticks_and_with_what_was_executed(tmp_path: Path):
+def test_an_episode_is_read_in_its_own_ticks_and_with_what_was_executed(tmp_path: Path) -> None:
     labels_TA = actions(12)
     episode = read_episode(write_episode(tmp_path, "one", labels_TA, stride=4))
     seen = demonstration_from_episode(episode, "agentview")
@@ -116,7 +116,7 @@ def test_an_episode_is_read_in_its_own_ticks_and_with_what_was_executed(tmp_path
         motion_of(episode, replace(seen, state_names=()))
 
 
-def test_thresholds_that_cannot_be_meant_are_refused():
+def test_thresholds_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(ValueError, match="still_m_s must be above 0, got 0"):
         MilestoneConfig(still_m_s=0)
     with pytest.raises(ValueError, match="candidate_ticks must be >= 1, got 0"):
