@@ -68,31 +68,35 @@ class RolloutQueue:
         looked_s = 0.0
         while self._outstanding:
             check()
-            episodes = self._call(self._read)
-            for sequence, episode in episodes:
+            newest, episodes = self._call(self._read)
+            for episode in episodes:
                 rollout = self._outstanding.pop(episode.start.rollout_id, None)
-                self.cursor = sequence
                 if rollout is not None:
                     yield Finished(rollout=rollout, episode=episode)
+            self.cursor = newest
             if not episodes and time.monotonic() - looked_s > LOOK_S:
                 yield from self._look()
                 looked_s = time.monotonic()
             elif not episodes:
                 time.sleep(POLL_S)
 
-    def commit(self) -> None:
-        """Everything read so far is in a checkpoint: the server may delete it."""
-        request = rollout_pb2.CommitCursorRequest(reader=self.run, cursor=self.cursor)
+    def commit(self, *, leave: bool = False) -> None:
+        """Everything read so far is in a checkpoint: the server may delete it, but nothing newer.
+
+        leave: the run is over, and nothing need be kept for it.
+        """
+        request = rollout_pb2.CommitCursorRequest(reader=self.run, cursor=self.cursor, leave=leave)
         self._call(lambda: self._stub.CommitCursor(request, timeout=DEFAULT_DEADLINE_S))
 
     def close(self) -> None:
         self._channel.close()
 
-    def _read(self) -> list[tuple[int, Episode]]:
-        """The counted episodes after the cursor, with their sequence numbers."""
+    def _read(self) -> tuple[int, list[Episode]]:
+        """The newest sequence number, and the counted episodes from the cursor up to there."""
         request = rollout_pb2.StreamEpisodesRequest(cursor=self.cursor, run=self.run)
-        read, records = [], list[episode_pb2.EpisodeRecord]()
+        newest, read, records = self.cursor, [], list[episode_pb2.EpisodeRecord]()
         for part in self._stub.StreamEpisodes(request, timeout=self._patience_s):
+            newest = part.sequence
             if part.damaged:
                 self.damaged.append(part.damaged)
             if not part.HasField("record"):
@@ -101,9 +105,9 @@ class RolloutQueue:
             if part.record.HasField("end"):
                 episode = Episode.of(records, f"episode {part.sequence} of the server")
                 if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
-                    read.append((part.sequence, episode))
+                    read.append(episode)
                 records = []
-        return read
+        return newest, read
 
     def _look(self) -> Iterator[Finished]:
         """Gives what the server has set aside, and asks again for what a restarted server has forgotten."""

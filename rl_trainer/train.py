@@ -236,7 +236,7 @@ class Run:
         listed = catalogue(config.suite)
         self.curriculum = Curriculum(cells_of(listed, config.tasks, config.split), config.curriculum, seed=config.seed)
         self.held_out = cells_of(listed, config.tasks, config.evaluate_split, config.evaluate_states)
-        if shared := {*self.curriculum.cells} & {*self.held_out} if config.evaluate_every else set():
+        if config.evaluate_every and (shared := {*self.curriculum.cells} & {*self.held_out}):
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
         self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
         self.state = TrainState.fresh(config.out.name)
@@ -257,14 +257,17 @@ class Run:
         """Iterates until the budget is spent."""
         config = self.config
         self.publisher.begin(self.state.version)
+        self.queue.commit()
         if not config.resume:
-            self.evaluate()
+            if self._evaluation_due(0):
+                self.evaluate()
             self._save()
         while self.learner.iteration < config.iterations and self.seconds < 60 * (config.minutes or float("inf")):
             self.iterate()
-            if config.evaluate_every and self.learner.iteration % config.evaluate_every == 0:
+            if self._evaluation_due(self.learner.iteration):
                 self.evaluate()
             self._save()
+        self.queue.commit(leave=True)
 
     def iterate(self) -> None:
         """Collects, learns, publishes."""
@@ -273,7 +276,7 @@ class Run:
             self._ask(self.learner.iteration)
         finished = self._collect(self.state.asked)
         self.state.asked = []
-        if self.config.overlap:
+        if self.config.overlap and not self._evaluation_due(self.learner.iteration + 1):
             self._ask(self.learner.iteration + 1)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
@@ -303,8 +306,6 @@ class Run:
 
     def evaluate(self) -> None:
         """Greedy success on states that are never practised on, with its Wilson interval."""
-        if not self.config.evaluate_every:
-            return
         name = f"evaluate-{self.learner.iteration}"
         rollouts = [
             self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
@@ -327,6 +328,10 @@ class Run:
             f"{len(successes)} = {100 * rate:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]",
             flush=True,
         )
+
+    def _evaluation_due(self, iteration: int) -> bool:
+        """Whether the policy is measured after so many iterations; nothing else is collected meanwhile."""
+        return bool(self.config.evaluate_every) and iteration % self.config.evaluate_every == 0
 
     def close(self) -> None:
         """Lets go of the server; the curve is on disk already."""
