@@ -1,0 +1,306 @@
+"""What would stop a run, found before it starts: rendering, assets, checkpoint, statistics, disk, the server given.
+
+Each check gives findings, a line each: ok, warn or FAIL, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+import numpy as np
+
+from policy_server.vla.action_tokens import UnknownStatistics, statistics_key
+from policy_server.vla.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fault,
+    load_checkpoint,
+    load_config,
+    local_folder,
+)
+from policy_server.vla.config import VLAConfig
+from protos import policy_pb2, policy_pb2_grpc
+from protos.channel import dial
+
+NANO = Path(__file__).parent.parent / "policy_server" / "checkpoints" / "nano"
+CHILD_S = 600.0
+SERVER_S = 10.0
+EPISODE_TICKS = 520
+"""The longest episode of any suite."""
+DECISION_BYTES = 2048
+"""Of a decision without its image: ticks, tokens, log-probabilities."""
+WEIGHT_COPIES = 4
+"""A run keeps float32 masters, two moments, and the weights themselves."""
+ROOM = 2.0
+"""A disk with less than so many times the need is worth a warning."""
+SIMPLE_TASK = "robosuite/0"
+RENDER = """
+import sys
+from sim.scene import Scene
+from sim.suites import find_task
+
+scene = Scene(find_task(sys.argv[1]), fast=False)
+scene.place("seed:0")
+sys.exit(0 if scene.render("agentview", 64, 64).std() > 1 else "the picture is of one colour")
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Looks for what would stop a run before it starts."""
+
+    out: Path
+    """folder of the run, which need not be there yet"""
+    suite: str = "libero_object"
+    """of `python -m sim suites`"""
+    model: str = "nano"
+    """the policy to begin with: nano, or a checkpoint's folder or hub id"""
+    unnorm_key: str | None = None
+    """whose statistics; none given: the only ones"""
+    episodes: int = 2000
+    """that the run will store: iterations x rollouts, and evaluations"""
+    free_gb: float | None = None
+    """judge the disk as if so many GiB were free; none given: those that are"""
+    server: str = ""
+    """HOST:PORT of the policy server that the run will use; none given: the run starts its own"""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be >= 1, got {self.episodes}")
+
+    @property
+    def source(self) -> Path | str:
+        """Where the policy to begin with lies."""
+        return NANO if self.model == "nano" else self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor's."""
+
+    check: str
+    verdict: Literal["ok", "warn", "FAIL"]
+    text: str
+    """what was found and, where something is wrong, what to do"""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<4}  {self.check:<10}  {self.text}"
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Prints what every check finds; 1 when one of them fails, else 0."""
+    patient = Patient(config)
+    verdicts = set()
+    for check in CHECKS:
+        for finding in check(patient):
+            print(finding, flush=True)
+            verdicts.add(finding.verdict)
+    return int("FAIL" in verdicts)
+
+
+class Patient:
+    """What several checks look at, read once."""
+
+    def __init__(self, config: DoctorConfig):
+        self.config = config
+
+    @cached_property
+    def model(self) -> VLAConfig | str:
+        """What the checkpoint says about itself, or why it cannot be read."""
+        try:
+            return load_config(local_folder(self.config.source))
+        except CheckpointError as error:
+            return str(error)
+        except (LookupError, TypeError) as error:
+            return f"{self.config.source}: config.json: norm_stats are not as published: {error!r}"
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | str:
+        """The whole of it, or why it does not load."""
+        if isinstance(self.model, str):
+            return self.model
+        try:
+            return load_checkpoint(self.config.source, dtype=None)
+        except CheckpointError as error:
+            return str(error)
+
+
+def check_rendering(patient: Patient) -> Iterator[Finding]:
+    """Whether a worker can draw: one frame of robosuite's, in a process of its own."""
+    if problem := _drawing(SIMPLE_TASK):
+        advice = "install libosmesa6 (software) or libegl1 (GPU), and set MUJOCO_GL to osmesa or egl or not at all"
+        yield Finding(check="rendering", verdict="FAIL", text=f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
+    else:
+        yield Finding(check="rendering", verdict="ok", text=f"a frame of {SIMPLE_TASK} was drawn")
+
+
+def check_assets(patient: Patient) -> Iterator[Finding]:
+    """Whether the suite can be built here; of LIBERO's, one scene is."""
+    suite = patient.config.suite
+    problem, answer = _run("-m", "sim", "suites", "--json")
+    listed = {} if problem else json.loads(answer)
+    advice = "install LIBERO (README) and its assets, and set LIBERO_ASSETS to their folder or not at all"
+    if problem or suite not in listed:
+        what = problem or f"{suite!r} is not among what can be built here, {sorted(listed)}"
+        yield Finding(check="assets", verdict="FAIL", text=f"{what}; {advice}")
+        return
+    first = f"{suite}/0"
+    if first != SIMPLE_TASK and (problem := _drawing(first)):
+        yield Finding(check="assets", verdict="FAIL", text=f"{first} cannot be built: {problem}; {advice}")
+        return
+    yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed[suite]['tasks'])} tasks can be built")
+
+
+def check_checkpoint(patient: Patient) -> Iterator[Finding]:
+    """Whether the policy loads, with every tensor there and finite."""
+    checkpoint = patient.checkpoint
+    if isinstance(checkpoint, str):
+        text = f"{checkpoint}; take another --model, or copy this one again"
+        yield Finding(check="checkpoint", verdict="FAIL", text=text)
+        return
+    tensors = checkpoint.model.state_dict()
+    faults = [f"{name} {what}" for name, tensor in tensors.items() if (what := fault(tensor, tensor.shape))]
+    if faults:
+        text = f"{len(faults)} tensors are broken, the first: {faults[0]}; copy the checkpoint again"
+        yield Finding(check="checkpoint", verdict="FAIL", text=text)
+        return
+    size = sum(tensor.numel() for tensor in tensors.values())
+    text = f"{len(tensors)} tensors, {size / 1e6:.1f} M numbers, all finite; fingerprint {checkpoint.fingerprint[:12]}"
+    yield Finding(check="checkpoint", verdict="ok", text=text)
+
+
+def check_statistics(patient: Patient) -> Iterator[Finding]:
+    """Whether actions can be un-normalised and states normalised."""
+    model = patient.model
+    if isinstance(model, str):
+        yield Finding(check="statistics", verdict="FAIL", text=f"{model}; take another --model")
+        return
+    try:
+        key = statistics_key(model, patient.config.unnorm_key)
+    except UnknownStatistics as error:
+        yield Finding(check="statistics", verdict="FAIL", text=f"{error}; see --unnorm-key")
+        return
+    statistics = model.norm_stats[key]
+    problems = _range_faults("action", statistics["action"], model.action_dim)
+    if model.state_dim:
+        problems += _range_faults("proprio", statistics.get("proprio", {}), model.state_dim)
+    for problem in problems:
+        text = f"{key}: {problem}; compute norm_stats anew from the demonstrations"
+        yield Finding(check="statistics", verdict="FAIL", text=text)
+    if not problems:
+        text = f"{key}: {model.action_dim} numbers of an action, {model.state_dim} of a state"
+        yield Finding(check="statistics", verdict="ok", text=text)
+
+
+def check_disk(patient: Patient) -> Iterator[Finding]:
+    """Whether --out has room for the weights and, unless a server elsewhere keeps them, the episodes."""
+    config = patient.config
+    if isinstance(patient.model, str) or isinstance(patient.checkpoint, str):
+        yield Finding(check="disk", verdict="warn", text="not judged: what a run needs follows from the checkpoint")
+        return
+    numbers = sum(tensor.numel() for tensor in patient.checkpoint.model.state_dict().values())
+    episodes = 0 if config.server else config.episodes
+    need_gb = (numbers * 4 * WEIGHT_COPIES + episodes * episode_bytes(patient.model)) / 2**30
+    there = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.is_dir())
+    free_gb = shutil.disk_usage(there).free / 2**30 if config.free_gb is None else config.free_gb
+    verdict = "FAIL" if free_gb < need_gb else "warn" if free_gb < ROOM * need_gb else "ok"
+    text = f"{free_gb:.1f} GiB free for --out, at most {need_gb:.1f} needed for weights and {episodes} episodes"
+    if verdict != "ok":
+        text += "; make room, take another --out or fewer episodes"
+    yield Finding(check="disk", verdict=verdict, text=text)
+
+
+def episode_bytes(model: VLAConfig) -> int:
+    """Of the longest episode, with its pixels as they are: a decision a chunk, and the final observation."""
+    decisions = ceil(EPISODE_TICKS / model.chunk_length) + 1
+    return decisions * (3 * model.sent_size**2 + DECISION_BYTES)
+
+
+def check_server(patient: Patient) -> Iterator[Finding]:
+    """Whether the server that is given answers, keeps episodes, and serves this checkpoint."""
+    config = patient.config
+    if not config.server:
+        yield Finding(check="server", verdict="ok", text="none given: the run starts its own")
+        return
+    spec = _spec(config.server)
+    if isinstance(spec, str):
+        text = f"{spec}; start it: python -m policy_server serve --model {config.model} --episodes DIR"
+        yield Finding(check="server", verdict="FAIL", text=text)
+        return
+    problems = []
+    if not spec.stores_episodes:
+        problems.append("it keeps no episodes; start it with --episodes DIR")
+    if isinstance(patient.checkpoint, Checkpoint) and spec.base_fingerprint != patient.checkpoint.fingerprint:
+        ours, theirs = patient.checkpoint.fingerprint[:12], spec.base_fingerprint[:12]
+        problems.append(f"it serves another base, {theirs}, not {ours}; start it with --model {config.model}")
+    for problem in problems:
+        yield Finding(check="server", verdict="FAIL", text=f"{config.server}: {problem}")
+    if not problems:
+        text = f"{config.server} serves {spec.model}, version {spec.live_version}, and keeps episodes"
+        yield Finding(check="server", verdict="ok", text=text)
+
+
+CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+    check_rendering,
+    check_assets,
+    check_checkpoint,
+    check_statistics,
+    check_disk,
+    check_server,
+)
+
+
+def _range_faults(what: str, statistics: Mapping[str, Any], dimension: int) -> list[str]:
+    """What is wrong with the quantiles of a data set's actions or states, a sentence each."""
+    try:
+        low, high = (np.array(statistics[name], np.float64) for name in ("q01", "q99"))
+        mask = np.array(statistics.get("mask", [True] * dimension), bool)
+        least, most = (np.array(statistics.get(name, low), np.float64) for name in ("min", "max"))
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"{what} must have q01 and q99, lists of numbers, got {error!r}"]
+    lengths = {len(np.atleast_1d(row)) for row in (low, high, mask, least, most)}
+    if lengths != {dimension}:
+        return [f"{what} must have {dimension} numbers in each list, got {sorted(lengths)}"]
+    faults = []
+    for index in np.flatnonzero(mask & ~((low < high) & np.isfinite(high - low))):
+        still = low[index] == high[index] and least[index] == most[index]
+        if not still:
+            rest = ", though it moves" if low[index] == high[index] else ""
+            faults.append(f"{what}[{index}] must have q01 below q99, got {low[index]:g} and {high[index]:g}{rest}")
+    return faults
+
+
+def _spec(address: str) -> policy_pb2.PolicySpec | str:
+    """The server's, or why there is none."""
+    try:
+        with dial(address) as channel:
+            return policy_pb2_grpc.PolicyStub(channel).GetSpec(policy_pb2.GetSpecRequest(), timeout=SERVER_S)
+    except ValueError as error:
+        return str(error)
+    except grpc.RpcError as error:
+        return f"{address} does not answer: {error.details()}"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _drawing(task_id: str) -> str:
+    """Why no frame of the task can be drawn in a process of its own; empty when one can."""
+    return _run("-c", RENDER, task_id)[0]
+
+
+def _run(*arguments: str) -> tuple[str, str]:
+    """Why Python failed with these, in its last words, empty when it did not; and what it printed."""
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=CHILD_S)
+    except subprocess.TimeoutExpired:
+        return f"nothing came of it in {CHILD_S:.0f} s", ""
+    words = done.stderr.strip().splitlines()
+    return (words[-1] if words else f"it ended with code {done.returncode}") if done.returncode else "", done.stdout
