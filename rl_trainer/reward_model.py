@@ -31,7 +31,6 @@ from rl_trainer.optimizer import Optimizer
 from rl_trainer.progress_model import ProgressModel
 from rl_trainer.reward_frames import RewardFrames, augmented, balanced_rows, collect_frames
 
-NANO = Path(__file__).parent.parent / "policy_server" / "checkpoints" / "nano"
 RECORD = "reward.json"
 
 
@@ -114,7 +113,7 @@ def train_reward_model(config: RewardModelConfig) -> None:
     if (config.out / RECORD).exists():
         raise ValueError(f"{config.out} already holds a reward model: choose another --out")
     torch.set_num_threads(config.threads)
-    folder = local_folder(NANO if config.policy == "nano" else config.policy)
+    folder = local_folder(config.policy)
     policy, tokenizer = load_config(folder), Tokenizer.load(folder)
     refused = Counter[str]()
     frames = collect_frames(
@@ -211,8 +210,8 @@ def fit(model: TrainableRewardModel, frames: RewardFrames, config: RewardModelCo
 
 def measure(model: RewardModel, frames: RewardFrames) -> dict[str, float]:
     """On held-out episodes: how well frames are ranked, over all and over the successful; empty without any."""
-    held = np.flatnonzero(frames.validation_n)
-    if not len(held):
+    held = np.flatnonzero(frames.validation_n).tolist()
+    if not held:
         return {}
     predicted_n = model.predict([frames.observations[row] for row in held])
     positive_n, success_n = frames.positive_n[held], frames.success_n[held]
