@@ -22,7 +22,6 @@ from policy_server.version_store import VersionStore
 
 log = logging.getLogger("policy_server")
 
-EMBEDDED = {"nano": Path(__file__).parent / "checkpoints" / "nano"}
 WRONG_USAGE = 2
 SWITCH_S = 1e-4
 """How soon the engine's thread gets the interpreter back from the network's; it gives it up in every operation."""
@@ -57,7 +56,7 @@ def load(config: ServeConfig) -> Model:
     dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     try:
         policy = Policy.load(
-            EMBEDDED.get(config.model, config.model),
+            config.model,
             adapter=None if config.has_versions else config.adapter,
             unnorm_key=config.unnorm_key,
             image_path=None if config.image_path == "checkpoint" else config.image_path,
@@ -70,8 +69,7 @@ def load(config: ServeConfig) -> Model:
             policy = base.with_model(with_adapter(base.model, config.adapter))
     except (CheckpointError, UnknownStatistics) as error:
         raise CannotStart(f"cannot serve the model {config.model!r}: {error}") from error
-    name = config.model if config.model in EMBEDDED else Path(config.model).name
-    return VlaModel(policy, name=name, max_batch=config.max_batch, base=base)
+    return VlaModel(policy, name=Path(config.model).name, max_batch=config.max_batch, base=base)
 
 
 async def _serve(config: ServeConfig, model: Model) -> None:
@@ -135,7 +133,7 @@ def merge(config: MergeConfig) -> int:
     partial = config.out.with_name(f"{config.out.name}.partial")
     try:
         dtype = None if config.dtype == "stored" else config.dtype
-        base = load_checkpoint(EMBEDDED.get(config.model, config.model), dtype=dtype)
+        base = load_checkpoint(config.model, dtype=dtype)
         load_lora(base.model, config.adapter)
         merge_lora(base.model)
         shutil.rmtree(partial, ignore_errors=True)

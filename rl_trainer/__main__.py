@@ -1,4 +1,4 @@
-"""`python -m rl_trainer train | sft`: online improvement of a served policy, behaviour cloning from demonstrations."""
+"""`python -m rl_trainer train | sft | reward-model`: improve a policy online, clone behaviour, learn a reward."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tyro
 from policy_server.vla.checkpoint import CheckpointError
 from rl_trainer.launch import ChildFailed
 from rl_trainer.publisher import PublishMismatch
+from rl_trainer.reward_model import RewardModelConfig, train_reward_model
 from rl_trainer.rollouts import ServerGone
 from rl_trainer.sft import SftConfig, sft
 from rl_trainer.train import TrainConfig, train
 
-COMMANDS = {TrainConfig: train, SftConfig: sft}
+COMMANDS = {TrainConfig: train, SftConfig: sft, RewardModelConfig: train_reward_model}
 FAILED = 1
 """A run that was going and cannot go on."""
 
@@ -21,7 +22,9 @@ FAILED = 1
 def main() -> int:
     """Parses the command line and runs the command; 2 for what the user can put right."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainConfig, "sft": SftConfig}, prog="python -m rl_trainer", description=__doc__
+        {"train": TrainConfig, "sft": SftConfig, "reward-model": RewardModelConfig},
+        prog="python -m rl_trainer",
+        description=__doc__,
     )
     print(config, flush=True)
     try:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.stats import binomtest
 
@@ -36,11 +37,13 @@ from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.metrics import Curve
 from rl_trainer.publisher import Publisher
 from rl_trainer.ranks import Ranks, launched
+from rl_trainer.reward_alarm import AlarmConfig, RewardAlarm
+from rl_trainer.reward_model import load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
+from rl_trainer.shaping import ShapingConfig, shaped_rewards
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
-NANO = Path(__file__).parent.parent / "policy_server" / "checkpoints" / "nano"
 STATE = "state.safetensors"
 CONFIDENCE = 0.95
 
@@ -81,6 +84,10 @@ class TrainConfig:
     """of each task, the first so many of the split; 0: all"""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    reward_model: Path | None = None
+    """what `python -m rl_trainer reward-model` has left; none given: success alone is rewarded"""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     lora_rank: int = 0
     """train an adapter of this rank; 0 trains all weights"""
     lora_alpha: float = 32.0
@@ -113,11 +120,6 @@ class TrainConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
-
-    @property
-    def source(self) -> Path | str:
-        """Where the policy to begin with lies."""
-        return NANO if self.model == "nano" else self.model
 
 
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
@@ -157,14 +159,14 @@ def _claim(config: TrainConfig) -> None:
 def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
     """The same on every rank."""
     torch.set_num_threads(config.threads)
-    checkpoint = load_checkpoint(config.source, dtype=config.dtype, device=config.device)
+    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=config.device)
     if config.lora_rank:
         checkpoint.model.requires_grad_(False)
         torch.manual_seed(config.seed)
         apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha)
     reference = None
     if config.learner.loss.reference_weight:
-        reference = load_checkpoint(config.source, dtype=config.dtype, device=config.device).model
+        reference = load_checkpoint(config.model, dtype=config.dtype, device=config.device).model
     critic = Critic(checkpoint.config.llm.hidden_size, seed=config.seed).to(config.device)
     learner = Learner(checkpoint.model, critic, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
@@ -176,8 +178,8 @@ def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
 def _follow(ranks: Ranks, config: TrainConfig) -> None:
     """The life of every rank but the first."""
     learner, _ = _learner(config, ranks)
-    while (trajectories := ranks.share(None)) is not None:
-        learner.update(trajectories)
+    while (work := ranks.share(None)) is not None:
+        learner.update(*work)
 
 
 @contextmanager
@@ -188,7 +190,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
         return
     port, admin = free_port(), free_port()
     server = f"127.0.0.1:{port}"
-    serve = ["policy_server", "serve", "--model", str(config.source), "--port", str(port), "--admin-port", str(admin)]
+    serve = ["policy_server", "serve", "--model", config.model, "--port", str(port), "--admin-port", str(admin)]
     serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
     work = ["sim", "worker", "--server", server, "--suites", config.suite]
     work += ["--processes", str(config.processes), "--slots", str(config.slots)]
@@ -239,10 +241,15 @@ class Run:
         if config.evaluate_every and (shared := {*self.curriculum.cells} & {*self.held_out}):
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
         self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
+        self.reward = None
+        if config.reward_model is not None:
+            self.reward = load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer)
+        self.alarm = RewardAlarm(config.alarm)
         self.state = TrainState.fresh(config.out.name)
         if config.resume:
             self.state, _ = TrainState.load(config.out / STATE)
             self.curriculum.load(self.state.curriculum)
+            self.alarm.load(self.state.alarm)
         self.queue = RolloutQueue(server, run=self.state.run, cursor=self.state.cursor)
         self.publisher = Publisher(server, admin, model=checkpoint.model, tokenizer=checkpoint.tokenizer)
         self.curve = Curve(config.out, first_step=self.learner.iteration + 1)
@@ -280,8 +287,11 @@ class Run:
             self._ask(self.learner.iteration + 1)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
-        self.learner.ranks.share(trajectories)
-        metrics = self.learner.update(trajectories, version=self.state.version)
+        # GRPO and RLOO add up a trajectory's rewards without a discount.
+        gamma = self.config.learner.gamma if self.config.learner.advantage == "gae" else 1.0
+        rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
+        self.learner.ranks.share((trajectories, rewards))
+        metrics = self.learner.update(trajectories, rewards, version=self.state.version)
         learned_s = self.seconds
         self.state.version = self.publisher.publish(
             self.state.version, note=f"{self.state.run} {self.learner.iteration}"
@@ -289,6 +299,7 @@ class Run:
         successes = [is_success(item) for item in finished if item.episode is not None]
         metrics |= {
             "success/train": sum(successes) / max(1, len(successes)),
+            "return": float(np.mean([rewards_T.sum() for rewards_T in rewards])),
             "seconds/collect": collected_s - started_s,
             "seconds/learn": learned_s - collected_s,
             "seconds/publish": self.seconds - learned_s,
@@ -296,6 +307,8 @@ class Run:
             **{name: float(count) for name, count in self.state.counts.items()},
         }
         self.curve.add(self.learner.iteration, **metrics)
+        if warning := self.alarm.observe(metrics["return"], metrics["success/train"]):
+            print(warning, flush=True)
         print(
             f"iteration {self.learner.iteration}  success {sum(successes)}/{len(successes)}  "
             f"ratio {metrics['ratio']:.3f}  kl {metrics['approx_kl']:.4f}  entropy {metrics['entropy']:.3f}  "
@@ -397,7 +410,7 @@ class Run:
     def _save(self) -> None:
         """The checkpoint, then the cursor: the server may delete what the checkpoint has taken in."""
         self.state.seconds = self.seconds
-        self.state.curriculum = self.curriculum.state()
+        self.state.curriculum, self.state.alarm = self.curriculum.state(), self.alarm.state()
         self.state.save(self.config.out / STATE, self.learner.state())
         self.queue.commit()
         folder = self.config.out / "last"

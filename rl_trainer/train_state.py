@@ -33,6 +33,7 @@ class TrainState:
     asked: list[rollout_pb2.Rollout] = field(default_factory=list)
     """rollouts that were enqueued and not taken in"""
     curriculum: dict[str, Any] = field(default_factory=dict)
+    alarm: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, name: str) -> TrainState:

@@ -33,6 +33,10 @@ FLOATS = (*DTYPES.values(), torch.float16)
 """What weights may be stored in."""
 
 
+EMBEDDED = {"nano": Path(__file__).parent.parent / "checkpoints" / "nano"}
+"""Checkpoints that come with the package, by the name that stands for them."""
+
+
 class CheckpointError(ValueError):
     """A folder that is no checkpoint of a model we know.  The message says what is wrong and where."""
 
@@ -74,8 +78,8 @@ def load_checkpoint(
 
 
 def local_folder(source: Path | str) -> Path:
-    """The folder itself, or where the hub's files were put."""
-    folder = Path(source)
+    """The folder itself, that of an embedded model, or where the hub's files were put."""
+    folder = EMBEDDED.get(str(source), Path(source))
     if folder.is_dir():
         return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
