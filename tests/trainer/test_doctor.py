@@ -185,7 +185,7 @@ def test_statistics_that_are_not_there_are_found(tiny_vla: Path, tmp_path: Path)
     "edit",
     [
         lambda action: action.update(q01=[0.0] * 7, q99=[0.0, *[1.0] * 6], min=[0.0] * 7, max=[0.0, *[1.0] * 6]),
-        lambda action: action["q99"].__setitem__(6, -1.0),
+        lambda action: action["q99"].__setitem__(6, -2.0),
     ],
 )
 def test_a_number_that_never_moves_or_is_not_normalised_needs_no_extent(
