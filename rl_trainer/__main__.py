@@ -1,4 +1,6 @@
-"""`python -m rl_trainer train | sft | reward-model`: improve a policy online, clone behaviour, learn a reward."""
+"""`python -m rl_trainer train | sft | reward-model | doctor`: improve a policy online, clone behaviour, learn a reward,
+find what would stop a run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 import tyro
 
 from policy_server.vla.checkpoint import CheckpointError
+from rl_trainer.doctor import DoctorConfig, doctor
 from rl_trainer.launch import ChildFailed
 from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
@@ -14,7 +17,7 @@ from rl_trainer.rollouts import ServerGone
 from rl_trainer.sft import SftConfig, sft
 from rl_trainer.train import TrainConfig, train
 
-COMMANDS = {TrainConfig: train, SftConfig: sft, RewardModelConfig: train_reward_model}
+COMMANDS = {TrainConfig: train, SftConfig: sft, RewardModelConfig: train_reward_model, DoctorConfig: doctor}
 FAILED = 1
 """A run that was going and cannot go on."""
 
@@ -22,20 +25,19 @@ FAILED = 1
 def main() -> int:
     """Parses the command line and runs the command; 2 for what the user can put right."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainConfig, "sft": SftConfig, "reward-model": RewardModelConfig},
+        {"train": TrainConfig, "sft": SftConfig, "reward-model": RewardModelConfig, "doctor": DoctorConfig},
         prog="python -m rl_trainer",
         description=__doc__,
     )
     print(config, flush=True)
     try:
-        COMMANDS[type(config)](config)
+        return COMMANDS[type(config)](config) or 0
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PublishMismatch, ServerGone, ChildFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    return 0
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class RewardModelConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
     lora_rank: int = 32
     """of the adapter of a vlm"""
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     log_steps: int = 50
     """optimiser steps between two lines"""
     threads: int = 1

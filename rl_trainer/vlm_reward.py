@@ -74,7 +74,7 @@ class VlmReward:
         tokenizer: Tokenizer,
         *,
         rank: int,
-        alpha: float,
+        alpha: int,
         device: str = "cpu",
         dtype: str = "float32",
     ) -> VlmReward:
