@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from policy_server.errors import CannotStart
+from protos.episode_file import sync
 
 
 class Cursors:
@@ -32,17 +33,8 @@ class Cursors:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self._path)
-        sync_folder(self._path.parent)
+        sync(self._path.parent)
         self.by_reader = dict(by_reader)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in the folder survive a power cut once this returns.  Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, int]:

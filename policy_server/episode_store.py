@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from policy_server.cursors import Cursors, sync_folder
+from policy_server.cursors import Cursors
 from policy_server.errors import CannotStart, OutOfOrder, Overloaded
 from protos import episode_pb2
 from protos.episode_file import (
@@ -34,6 +34,7 @@ from protos.episode_file import (
     read_episode,
     read_records,
     read_start,
+    sync,
 )
 
 log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ class EpisodeStore:
         error = end.outcome == episode_pb2.OUTCOME_ERROR
         path = self._folder / f"{sequence:08d}-{start.episode_id}{ERROR_SUFFIX if error else SUFFIX}"
         os.replace(whole, path)
-        sync_folder(self._folder)
+        sync(self._folder)
         self._add(
             Stored(
                 sequence=sequence,

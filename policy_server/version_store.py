@@ -28,6 +28,7 @@ from tempfile import mkdtemp
 from typing import Literal
 
 from policy_server.errors import CannotStart, Overloaded
+from protos.episode_file import sync
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +149,12 @@ class VersionStore:
             )
             (incoming.folder / RECORD).write_text(json.dumps(asdict(version), indent=2) + "\n", encoding="utf-8")
             for path in incoming.folder.iterdir():
-                _sync(path)
-            _sync(incoming.folder)
+                sync(path)
+            sync(incoming.folder)
             # The number is taken first: a version that is acknowledged has one that no other can get.
             self._write_state(live=self.live, last=version.version)
             os.replace(incoming.folder, self.path(version.version))
-            _sync(self._folder)
+            sync(self._folder)
             self._versions = {**self._versions, version.version: version}
         return version
 
@@ -174,9 +175,9 @@ class VersionStore:
         partial = self._folder / f"{STATE}.partial"
         first = self._versions[FIRST_VERSION].device_fingerprint
         partial.write_text(json.dumps({"first": first, "live": live, "last": last}) + "\n", encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         os.replace(partial, self._folder / STATE)
-        _sync(self._folder)
+        sync(self._folder)
         self.live, self._last = live, last
 
     def _recover(self, first: str) -> None:
@@ -215,11 +216,3 @@ def _read_record(folder: Path) -> Version:
         return Version(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"version {folder.name} has no readable {RECORD}: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -86,11 +86,7 @@ class EpisodeWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self.path.parent)
 
     def discard(self) -> None:
         """Drops the episode; nothing of it remains on disk."""
@@ -108,6 +104,15 @@ class EpisodeWriter:
         while view:  # an unbuffered write may be short
             view = view[self._file.write(view) :]
         self._crc = zlib.crc32(data, self._crc)
+
+
+def sync(path: Path) -> None:
+    """A file's content, or the names in a folder, survive a power cut once this returns.  Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_episode(path: Path) -> Episode:

@@ -11,9 +11,9 @@ import tyro
 from policy_server.vla.checkpoint import CheckpointError
 from rl_trainer.doctor import DoctorConfig, doctor
 from rl_trainer.launch import ChildFailed
+from rl_trainer.patience import ServerGone
 from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
-from rl_trainer.rollouts import ServerGone
 from rl_trainer.sft import SftConfig, sft
 from rl_trainer.train import TrainConfig, train
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
 from policy_server.vla.action_tokens import statistics_key
@@ -23,18 +21,17 @@ from policy_server.vla.config import VLAConfig
 from policy_server.vla.model import VLA, collate
 from policy_server.vla.preprocessing import Prepared
 from policy_server.vla.tokenizer import Tokenizer
+from rl_trainer.answering_model import ANSWERS, AnsweringModel
 
-ANSWERS = ("0", "1")
-PREDICT_BATCH = 64
-"""Observations of one pass without gradients."""
 READS = ("camera", "image_path", "image_size", "prompt_template", "state_dim", "state_names")
 """What of a model's configuration decides how it reads an observation."""
 
 
-class ProgressModel:
+class ProgressModel(AnsweringModel):
     """The policy's architecture with weights of its own.  Raises ValueError when the tokenizer lacks an answer."""
 
     kind = "progress"
+    model: VLA
 
     def __init__(self, model: VLA, tokenizer: Tokenizer):
         ids = [tokenizer.backend.token_to_id(answer) for answer in ANSWERS]
@@ -51,24 +48,6 @@ class ProgressModel:
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.model, self.tokenizer)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def loss(self, observations: Sequence[Prepared], positive_B: np.ndarray) -> torch.Tensor:
-        """Mean cross-entropy of the right answers."""
-        self.model.train()
-        logits_B2 = self._logits(observations)
-        return functional.cross_entropy(logits_B2, torch.from_numpy(positive_B).long().to(logits_B2.device))
-
-    @torch.no_grad()
-    def predict(self, observations: Sequence[Prepared]) -> np.ndarray:
-        """float64 (n,) in [0, 1]: how probable "1" is."""
-        self.model.eval()
-        parts = [observations[start : start + PREDICT_BATCH] for start in range(0, len(observations), PREDICT_BATCH)]
-        logits_n2 = torch.cat([self._logits(part) for part in parts])
-        return torch.softmax(logits_n2.double(), -1)[:, 1].cpu().numpy()
 
     def check_reads_like(self, config: VLAConfig, tokenizer: Tokenizer, unnorm_key: str | None = None) -> None:
         """Raises ValueError when observations prepared for that policy mean something else here."""

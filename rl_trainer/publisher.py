@@ -9,14 +9,12 @@ Shapes: B probes, N action tokens.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import grpc
 import numpy as np
 from safetensors.torch import save_file
 
@@ -33,7 +31,7 @@ from policy_server.vla.tokenizer import Tokenizer
 from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, policy_pb2_grpc
 from protos.channel import DEFAULT_DEADLINE_S, dial
 from protos.codec import decode_tensor, encode_image, encode_tensor
-from rl_trainer.rollouts import ServerGone
+from rl_trainer.patience import patiently
 
 PART_BYTES = 4 * 2**20
 PUBLISH_S = 900.0
@@ -185,18 +183,7 @@ class Publisher:
         return gap if np.isfinite(gap) else np.inf
 
     def _call(self, call: Callable[[], T]) -> T:
-        """The call's answer, tried again while the server is away.  Raises ServerGone, and ValueError for a refusal."""
-        give_up_at = time.monotonic() + self._patience_s
-        while True:
-            try:
-                return call()
-            except grpc.RpcError as error:
-                code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
-            if code != grpc.StatusCode.UNAVAILABLE:
-                raise ValueError(f"{self._address} refused ({code.name}): {details}")
-            if time.monotonic() > give_up_at:
-                raise ServerGone(f"{self._address} has been away for {self._patience_s:.0f} s: {details}")
-            time.sleep(1.0)
+        return patiently(call, address=self._address, patience_s=self._patience_s)
 
 
 class Probes:

@@ -15,17 +15,17 @@ import grpc
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
 from protos.channel import DEFAULT_DEADLINE_S, dial
 from protos.episode_file import Episode
+from rl_trainer.patience import patiently
 
 POLL_S = 0.25
 """How soon a finished episode is noticed."""
 LOOK_S = 5.0
 """How often the queue is asked what became of the rest."""
 
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""Every call of the queue may be repeated, so that a lost answer is asked for again."""
+
 T = TypeVar("T")
-
-
-class ServerGone(RuntimeError):
-    """The policy server could not be reached for as long as the run is patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +126,4 @@ class RolloutQueue:
         self._stub.EnqueueRollouts(request, timeout=DEFAULT_DEADLINE_S)
 
     def _call(self, call: Callable[[], T]) -> T:
-        """The call's answer, tried again while the server is away.  Raises ServerGone, and RpcError for a refusal."""
-        give_up_at = time.monotonic() + self._patience_s
-        while True:
-            try:
-                return call()
-            except grpc.RpcError as error:
-                code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
-            if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise ValueError(f"{self._address} refused: {details}")
-            if time.monotonic() > give_up_at:
-                raise ServerGone(f"{self._address} has been away for {self._patience_s:.0f} s: {details}")
-            time.sleep(1.0)
+        return patiently(call, address=self._address, patience_s=self._patience_s, passing=PASSING)

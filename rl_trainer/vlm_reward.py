@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
-from torch.nn import functional
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from policy_server.vla.config import PLACEHOLDER, VLAConfig
 from policy_server.vla.preprocessing import Prepared
 from policy_server.vla.tokenizer import Tokenizer
-from rl_trainer.progress_model import ANSWERS
+from rl_trainer.answering_model import ANSWERS, AnsweringModel
 
 IMAGE = "<|image_pad|>"
 CONVERSATION = (
@@ -32,8 +29,6 @@ CONVERSATION = (
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>The task is {instruction}, is it completed?<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-PREDICT_BATCH = 16
-"""Observations of one pass without gradients."""
 
 
 class Wording:
@@ -49,10 +44,11 @@ class Wording:
         return text.removeprefix(self._before.strip()).removesuffix(self._after.strip()).strip()
 
 
-class VlmReward:
+class VlmReward(AnsweringModel):
     """A Qwen2-VL of which an adapter alone is trained.  Raises ValueError when its tokenizer lacks an answer."""
 
     kind = "vlm"
+    predict_batch = 16
 
     def __init__(self, model: PeftModel, source: str, wording: Wording):
         """source: folder or hub id of the base, for its tokenizer and image processor."""
@@ -98,24 +94,6 @@ class VlmReward:
         # Copies, since the optimiser's parameters are views of one vector.
         adapter = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if "lora_" in name}
         self.model.save_pretrained(str(folder), state_dict=adapter, save_embedding_layers=False)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: the adapter's."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def loss(self, observations: Sequence[Prepared], positive_B: np.ndarray) -> torch.Tensor:
-        """Mean cross-entropy of the right answers."""
-        self.model.train()
-        logits_B2 = self._logits(observations)
-        return functional.cross_entropy(logits_B2, torch.from_numpy(positive_B).long().to(logits_B2.device))
-
-    @torch.no_grad()
-    def predict(self, observations: Sequence[Prepared]) -> np.ndarray:
-        """float64 (n,) in [0, 1]: how probable "1" is."""
-        self.model.eval()
-        parts = [observations[start : start + PREDICT_BATCH] for start in range(0, len(observations), PREDICT_BATCH)]
-        logits_n2 = torch.cat([self._logits(part) for part in parts])
-        return torch.softmax(logits_n2.double(), -1)[:, 1].cpu().numpy()
 
     def _logits(self, observations: Sequence[Prepared]) -> torch.Tensor:
         """float32 (B, 2): no, yes."""

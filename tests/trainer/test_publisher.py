@@ -24,8 +24,8 @@ from policy_server.vla.lora import apply_lora, save_lora
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos import admin_pb2, policy_pb2
+from rl_trainer.patience import ServerGone
 from rl_trainer.publisher import LEAST_TOLERANCE, Publisher, PublishMismatch
-from rl_trainer.rollouts import ServerGone
 from tests.server.running import RunningServer, serving
 
 SKIPPED = "language_model.model.layers.1.mlp.down_proj"

@@ -12,7 +12,8 @@ import pytest
 
 from policy_server.episode_store import EpisodeStore
 from protos import episode_pb2, rollout_pb2
-from rl_trainer.rollouts import RolloutQueue, ServerGone
+from rl_trainer.patience import ServerGone
+from rl_trainer.rollouts import RolloutQueue
 from tests.server import messages
 from tests.server.fake_model import FakeModel
 from tests.server.running import RunningServer, serving
