@@ -95,6 +95,8 @@ class TrainConfig:
     """simulator processes started here"""
     slots: int = 4
     """episodes interleaved in each"""
+    coarse_practice: bool = False
+    """training episodes are drawn with simplified meshes, in a third of the time; evaluations never are"""
     deterministic: bool = False
     """the server's answers do not depend on what shares their pass; with no overlap, a run can be repeated"""
     ranks: int = 1
@@ -194,6 +196,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
     serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
     work = ["sim", "worker", "--server", server, "--suites", config.suite]
     work += ["--processes", str(config.processes), "--slots", str(config.slots)]
+    work += ["--coarse-practice"] if config.coarse_practice else []
     children = [
         Child(command[0], [sys.executable, "-m", *command], config.out / f"{command[0]}.log", on_loss=print)
         for command in (serve, work)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protos import episode_pb2, rollout_pb2
-from robot_client.arm import Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
 from robot_client.errors import PolicyError
@@ -24,6 +23,7 @@ from robot_client.rollout import Purpose, Rollout
 from sim import assets
 from sim.evaluate import WORKER_ENVIRONMENT
 from sim.job_queue import Job
+from sim.libero_arm import SimulatedTask
 from sim.pool import Answer, Deadlines, Pool, Progress, Runner
 from sim.scene import Scene
 from sim.scenes import Scenes, default_budget_gb
@@ -52,6 +52,8 @@ class LeasingConfig:
     """Simulator processes; one a core."""
     slots: int = 4
     """Episodes interleaved in each."""
+    coarse_practice: bool = False
+    """Training episodes are drawn with simplified meshes, in a third of the time; evaluations never are."""
     memory_gb: float = 0.0
     """Memory a process may fill before it drops scenes, GiB; 0: a share of the machine's."""
     step_deadline_s: float = 90.0
@@ -71,6 +73,7 @@ def main(config: LeasingConfig) -> int:
         server=config.server,
         slots=config.slots,
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
+        coarse_practice=config.coarse_practice,
     )
     can_run = tuple(f"{suite}/*" for suite in config.suites or suites_here())
     logger.info("%d processes take rollouts of %s from %s", config.processes, ", ".join(can_run), config.server)
@@ -142,7 +145,7 @@ def _run_leases(
     def rollouts() -> Iterator[Rollout]:
         lease: Lease | None = first
         while lease is not None:
-            yield rollout_of(lease)
+            yield rollout_of(lease, coarse_practice=config.coarse_practice)
             progress("step")
             try:
                 lease = leases.take(holds=[task], only_held=True)
@@ -161,15 +164,19 @@ def _run_leases(
             logger.warning("%s %s: %s", task, result.rollout.task.initial_state, result.message)
 
 
-def rollout_of(lease: Lease) -> Rollout:
+def rollout_of(lease: Lease, *, coarse_practice: bool = False) -> Rollout:
     """The leased work in the client's words; the task's instruction and time limit come from its suite."""
     leased: rollout_pb2.Rollout = lease.rollout
-    task = find_task(leased.task)
+    task, purpose = find_task(leased.task), PURPOSES[leased.purpose]
     return Rollout(
-        task=Task(
-            name=task.id, instruction=task.instruction, initial_state=leased.initial_state, max_ticks=task.max_ticks
+        task=SimulatedTask(
+            name=task.id,
+            instruction=task.instruction,
+            initial_state=leased.initial_state,
+            max_ticks=task.max_ticks,
+            coarse=coarse_practice and purpose == "train",
         ),
-        purpose=PURPOSES[leased.purpose],
+        purpose=purpose,
         temperature=leased.temperature,
         lease_id=lease.lease_id,
     )

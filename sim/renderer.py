@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import mujoco
 import numpy as np
+
+from sim.meshes import coarse_meshes
 
 SMALLEST_BUFFER = 256
 MAX_GEOMS = 1000
@@ -16,9 +19,9 @@ COLLISION_GROUP, VISUAL_GROUP = 0, 1
 
 
 class SceneRenderer:
-    """Draws any MjData of one model; pixels equal robosuite's, turned upright."""
+    """Draws any MjData of one model; pixels equal robosuite's, turned upright, unless the meshes are to be coarse."""
 
-    def __init__(self, model: mujoco.MjModel) -> None:
+    def __init__(self, model: mujoco.MjModel, *, coarse: bool = False) -> None:
         self._model = model
         self._closed = False
         # Neither changes a pixel: a shadow map that no light uses (67 MB), a buffer larger than the image asked for.
@@ -27,7 +30,8 @@ class SceneRenderer:
         model.vis.global_.offwidth = model.vis.global_.offheight = SMALLEST_BUFFER
         self._gl = _gl_context_class()(SMALLEST_BUFFER, SMALLEST_BUFFER)
         self._gl.make_current()
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        with coarse_meshes(model, VISUAL_GROUP) if coarse else nullcontext():
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         self._camera = mujoco.MjvCamera()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import mujoco
@@ -52,7 +51,7 @@ class Occupant(Protocol):
 
 
 class Scene:
-    """A task's model, data, controller and lazy renderer.  Not thread-safe; one process may hold several.
+    """A task's model, data, controller and lazy renderers.  Not thread-safe; one process may hold several.
 
     `data` holds what the stock simulator's would after the same actions.  `render` and `proprio` show what its
     observation would: robosuite samples a little before the end of a tick.
@@ -73,6 +72,7 @@ class Scene:
         self._hand = self.model.body(self._robot.robot_model.eef_name).id
         self._view = mujoco.MjData(self.model)  # observations are drawn here, leaving `data` untouched
         self._placement = Placement(self.env)
+        self._renderers: dict[bool, SceneRenderer] = {}
 
     def reset(self, state_id: str) -> None:
         """The protocol's reset: place fixtures, set the state, reset the controller, settle for ten ticks."""
@@ -135,10 +135,15 @@ class Scene:
         self._stepper.restore(state.control)
         mujoco.mj_step1(self.model, self.data)  # positions of bodies and contacts, for whoever reads `data`
 
-    def render(self, camera: str, height: int = 256, width: int = 256) -> np.ndarray:
-        """The camera's image, uint8 (height, width, 3), upright; pixels are those of the stock observation."""
+    def render(self, camera: str, height: int = 256, width: int = 256, *, coarse: bool = False) -> np.ndarray:
+        """The camera's image, uint8 (height, width, 3), upright; pixels are those of the stock observation.
+
+        coarse: visual meshes are simplified (sim/meshes.py): a third of the time, nearly the same picture.
+        """
         self._look()
-        return self._renderer.render(self._view, camera, height, width)
+        if coarse not in self._renderers:
+            self._renderers[coarse] = SceneRenderer(self.model, coarse=coarse)
+        return self._renderers[coarse].render(self._view, camera, height, width)
 
     def proprio(self) -> np.ndarray:
         """(8,) float32: end-effector position (m), axis-angle (rad), the two finger positions (m)."""
@@ -150,14 +155,10 @@ class Scene:
         return np.concatenate([self._view.site_xpos[self._robot.eef_site_id], rotation, fingers], dtype=np.float32)
 
     def close(self) -> None:
-        """Free the renderer; the scene cannot be used afterwards."""
-        if "_renderer" in self.__dict__:
-            self._renderer.close()
+        """Free the renderers; the scene cannot be used afterwards."""
+        for renderer in self._renderers.values():
+            renderer.close()
         self.env.close()
-
-    @cached_property
-    def _renderer(self) -> SceneRenderer:
-        return SceneRenderer(self.model)
 
     def _look(self) -> Registers:
         """Bring `_view` to the positions that the observation shows."""

@@ -46,6 +46,8 @@ class WorkerConfig:
     """episodes interleaved in one process"""
     replan_after: int = 0
     """execute only the first so many actions of each chunk; 0: all"""
+    coarse_practice: bool = False
+    """training episodes are drawn with simplified meshes"""
     memory_gb: float
     """size above which a process drops scenes, and then retires"""
     videos: Path | None = None
