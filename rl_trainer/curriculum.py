@@ -4,12 +4,13 @@
     paper      P ~ exp((0.5 - s) / tau), equation 4 of VLA-RL: the harder, the likelier
     balanced   P ~ exp(-|0.5 - s| / tau): what its text says, the likeliest are those that succeed half of the time
 
-s is a cell's recent success rate.
+s is a cell's recent success rate.  A suite has hundreds of cells and a run visits each a few times: what a cell has not
+shown yet is taken from the other cells of its task.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,9 +31,9 @@ class CurriculumConfig:
     window: int = 8
     """outcomes of a cell that are remembered"""
     prior: float = 0.5
-    """success rate of a cell that was never tried"""
+    """success rate of a task that was never tried"""
     prior_weight: float = 1.0
-    """how many outcomes the prior counts as, once there are some"""
+    """how many outcomes the prior counts as in a task's rate, and the task's rate in a cell's"""
     floor: float = 0.1
     """share of the practice that is spread evenly, so that no cell is forgotten"""
 
@@ -66,10 +67,14 @@ class Curriculum:
 
     @property
     def success_rates(self) -> np.ndarray:
-        """float64, one a cell: of its remembered outcomes and the prior."""
-        prior, weight = self._config.prior, self._config.prior_weight
-        remembered = self._outcomes.values()
-        return np.array([(prior * weight + sum(past)) / (weight + len(past)) for past in remembered])
+        """float64, one a cell: of its remembered outcomes and its task's rate, which begins at the prior."""
+        weight, of_task = self._config.prior_weight, defaultdict[str, list[int]](list)
+        for (task, _), past in self._outcomes.items():
+            of_task[task] += past
+        rate = {task: (self._config.prior * weight + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()}
+        return np.array(
+            [(rate[task] * weight + sum(past)) / (weight + len(past)) for (task, _), past in self._outcomes.items()]
+        )
 
     @property
     def probabilities(self) -> np.ndarray:

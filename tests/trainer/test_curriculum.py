@@ -53,10 +53,12 @@ def test_the_floor_is_shared_evenly_so_that_nothing_starves() -> None:
     np.testing.assert_allclose(made.probabilities, [0.8, 0.1, 0.1])
 
 
-def test_what_was_never_tried_has_the_prior_and_keeps_some_of_it() -> None:
-    """Prior .5 that counts as one outcome: after one failure .25, after three 0.125."""
+def test_a_task_that_was_never_tried_has_the_prior_and_its_cells_share_what_it_showed() -> None:
+    """Prior .5 that counts as one outcome: lift's rate after four failures is .1, which counts as one in its cells."""
     made = curriculum("0", "000", prior=0.5, prior_weight=1.0)
-    np.testing.assert_allclose(made.success_rates, [0.25, 0.125, 0.5])
+    np.testing.assert_allclose(made.success_rates, [0.1 / 2, 0.1 / 4, 0.5])
+    made = curriculum("", "111", prior=0.5, prior_weight=1.0)
+    np.testing.assert_allclose(made.success_rates, [3.5 / 4, (3.5 / 4 + 3) / 4, 0.5])
 
 
 def test_only_the_window_is_remembered() -> None:
