@@ -71,7 +71,9 @@ class Curriculum:
         weight, of_task = self._config.prior_weight, defaultdict[str, list[int]](list)
         for (task, _), past in self._outcomes.items():
             of_task[task] += past
-        rate = {task: (self._config.prior * weight + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()}
+        rate = {
+            task: (self._config.prior * weight + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()
+        }
         return np.array(
             [(rate[task] * weight + sum(past)) / (weight + len(past)) for (task, _), past in self._outcomes.items()]
         )

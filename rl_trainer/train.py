@@ -124,6 +124,8 @@ class TrainConfig:
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
 
 
+BATCH_WAIT_MS = 100
+"""Of a server of the run's own: workers have other episodes to move meanwhile, and a shared pass is a cheap one."""
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
 
@@ -194,6 +196,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
     server = f"127.0.0.1:{port}"
     serve = ["policy_server", "serve", "--model", config.model, "--port", str(port), "--admin-port", str(admin)]
     serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
+    serve += ["--max-wait-ms", str(BATCH_WAIT_MS)]
     work = ["sim", "worker", "--server", server, "--suites", config.suite]
     work += ["--processes", str(config.processes), "--slots", str(config.slots)]
     work += ["--coarse-practice"] if config.coarse_practice else []

@@ -19,8 +19,10 @@ from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.config import VLAConfig
 from protos import episode_pb2
 from rl_trainer.augment import Augmentation
+from rl_trainer.cloner import Cloner
 from rl_trainer.metrics import Curve
-from rl_trainer.sft import SftConfig, _objective, sft
+from rl_trainer.ranks import Ranks
+from rl_trainer.sft import SftConfig, _collect, _objective, sft
 from tests.trainer import fake_demonstrations as fake
 
 STILL = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
@@ -55,6 +57,41 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_token_noise_disturbs_what_the_model_reads_and_not_what_it_should_say(
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
+) -> None:
+    read, said = dict[float, torch.Tensor](), dict[float, torch.Tensor]()
+    for noise in (0.0, 3.0):
+        checkpoint = load_checkpoint(tiny_vla, dtype="float32", device="cpu")
+        samples = _collect(config(demonstrations, tmp_path, tiny_vla), tmp_path / "frames.u8")
+        norm_stats = {"demonstrations": samples.statistics}
+        checkpoint.model.config = replace(checkpoint.config, norm_stats=norm_stats)
+
+        def objective(logits_BNV: torch.Tensor, labels_BN: torch.Tensor, noise: float = noise) -> torch.Tensor:
+            said[noise] = labels_BN
+            return logits_BNV.sum()
+
+        checkpoint.model.register_forward_pre_hook(lambda _, inputs, noise=noise: read.update({noise: inputs[1]}))
+        cloner = Cloner(
+            checkpoint.model,
+            checkpoint.tokenizer,
+            samples,
+            unnorm_key="demonstrations",
+            objective=objective,  # type: ignore[arg-type]
+            augmentation=replace(STILL, token_noise=noise),
+            batch_size=8,
+            accumulate=1,
+            autocast=False,
+            seed=0,
+            ranks=Ranks(),
+        )
+        cloner.gradient(0)
+    begin = load_checkpoint(tiny_vla, dtype="float32", device="cpu").config.action_begin
+    assert torch.equal(said[0.0], said[3.0])
+    assert torch.equal(read[0.0] - begin, said[0.0])
+    assert 0 < (read[3.0] - read[0.0]).abs().max() < 40
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
