@@ -33,7 +33,7 @@ from policy_server.vla.decoding import DecodeInput
 from policy_server.vla.policy import Policy
 from protos import episode_pb2
 from protos.episode_file import read_episode
-from rl_trainer.train import STATE
+from rl_trainer.train import RECORD, STATE
 from rl_trainer.train_state import TrainState
 
 Victim = Literal["trainer", "server", "one simulator", "all workers"]
@@ -43,6 +43,8 @@ APPEAR_S = 120.0
 """How long a victim may take to be there again."""
 GONE_S = 30.0
 """How soon the children of a killed trainer have to be gone."""
+GAP = 1e-4
+"""Server against learner, float32."""
 MAX_BATCH = 16
 """Of `policy_server serve`; what --deterministic pads every pass to."""
 
@@ -118,6 +120,8 @@ class Ended:
     errors: int
     """episodes there that were cut short"""
     tensors: Mapping[str, torch.Tensor]
+    gap: float
+    """largest difference between the server's log-probabilities and the learner's"""
     collect_s: float
     """median of an iteration"""
     decisions_per_s: float
@@ -155,14 +159,14 @@ def planned(config: KillsConfig) -> list[Kill]:
     ]
 
 
-def start(config: KillsConfig, out: Path, *, resume: bool = False, deterministic: bool = True) -> subprocess.Popen:
-    """A trainer with a server and workers of its own."""
+def start(config: KillsConfig, out: Path, *, deterministic: bool = True) -> subprocess.Popen:
+    """A trainer with a server and workers of its own; it goes on where there is a run already."""
     command = [sys.executable, "-m", "rl_trainer", "train", "--suite", "robosuite", "--tasks", "0", "--out", str(out)]
     command += ["--iterations", str(config.iterations), "--rollouts", str(config.rollouts), "--seed", str(config.seed)]
     command += ["--evaluate-every", str(config.evaluate_every), "--evaluate-states", str(HELD_OUT)]
     command += ["--processes", str(config.processes), "--slots", "2"]
     command += ["--learner.warm-up", "1", "--learner.learning-rate", "1e-4"]
-    command += ["--deterministic"] * deterministic + ["--resume"] * resume
+    command += ["--deterministic"] * deterministic + ["--resume"] * (out / RECORD).exists()
     out.mkdir(parents=True, exist_ok=True)
     with (out.parent / f"{out.name}.log").open("ab") as log:
         return subprocess.Popen(
@@ -193,7 +197,7 @@ def run_killed(config: KillsConfig, out: Path) -> list[Killed]:
                 process.kill()
         if kill.victim == "trainer":
             trainer.wait()
-            trainer = start(config, out, resume=True)
+            trainer = start(config, out)
             _, orphans = psutil.wait_procs(family, timeout=GONE_S)
         kills.append(
             Killed(
@@ -269,6 +273,7 @@ def ended(out: Path) -> Ended:
         rollouts=rollouts,
         errors=errors,
         tensors=tensors,
+        gap=max(row["logprob_gap"] for row in iterations),
         collect_s=statistics.median(collect_s),
         decisions_per_s=state.counts["decisions"] / sum(collect_s),
     )
@@ -281,7 +286,7 @@ UNEQUAL = ("seconds/", "wall_clock_s", "staleness", "logprob_gap")
 def compare(alone: Ended, killed: Ended) -> dict:
     """Rows (alone, killed), and whether everything is as it has to be."""
     differing = [name for name in alone.tensors if not torch.equal(alone.tensors[name], killed.tensors[name])]
-    rows = {
+    rows: dict[str, tuple[object, object]] = {
         "counted episodes (trainer)": (alone.counts["episodes"], killed.counts["episodes"]),
         "decisions (trainer)": (alone.counts["decisions"], killed.counts["decisions"]),
         "environment steps (trainer)": (alone.counts["environment_steps"], killed.counts["environment_steps"]),
@@ -294,10 +299,12 @@ def compare(alone: Ended, killed: Ended) -> dict:
         "no rollout twice": twice(killed) == 0,
         "none lost, none more": alone.rollouts == killed.rollouts,
         "the same curve": alone.steps == killed.steps and alone.measures == killed.measures,
+        f"no log-prob gap of {GAP:g}": max(alone.gap, killed.gap) < GAP,
         "the same weights, optimiser and critic, bit for bit": not differing
         and alone.tensors.keys() == killed.tensors.keys(),
     }
     rows["episodes cut short"] = (alone.errors, killed.errors)
+    rows["largest log-prob gap"] = (f"{alone.gap:.1e}", f"{killed.gap:.1e}")
     return {"rows": rows, "laws": laws, "tensors": len(alone.tensors), "differing": differing}
 
 
@@ -342,7 +349,7 @@ def print_table(figures: dict) -> None:
     print(f"\n{len(figures['kills'])} kills: {dict(Counter(kill['victim'] for kill in figures['kills']))}")
     print(f"  {'':<32}{'alone':>10}{'killed':>10}")
     for name, (alone, killed) in figures["rows"].items():
-        print(f"  {name:<32}{alone:>10}{killed:>10}")
+        print(f"  {name:<32}{alone!s:>10}{killed!s:>10}")
     for law, held in figures["laws"].items():
         print(f"  {'held  ' if held else 'BROKEN'} {law}")
     print(f"  {figures['tensors'] - len(figures['differing'])} of {figures['tensors']} tensors bit-equal")

@@ -45,7 +45,7 @@ from rl_trainer.shaping import ShapingConfig, shaped_rewards
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
-STATE = "state.safetensors"
+STATE, RECORD = "state.safetensors", "train.json"
 CONFIDENCE = 0.95
 
 
@@ -127,6 +127,8 @@ class TrainConfig:
 
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
+CATALOGUE_S = 600.0
+"""Longest that listing a suite may take: seconds on a quiet machine, but no run is given up for its neighbours."""
 
 
 def train(config: TrainConfig) -> None:
@@ -144,7 +146,7 @@ def train(config: TrainConfig) -> None:
 
 def _claim(config: TrainConfig) -> TrainConfig:
     """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
-    record, wanted = config.out / "train.json", json.loads(json.dumps(asdict(config), default=str))
+    record, wanted = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
     if config.resume:
         if not record.exists():
             raise FileNotFoundError(f"{record}: there is no run to resume")
@@ -213,7 +215,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
 def catalogue(suite: str) -> dict:
     """What the simulator says about a suite: tasks (id -> instruction) and splits (name -> states)."""
     command = [sys.executable, "-m", "sim", "suites", "--json", "--suites", suite]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=CATALOGUE_S)
     if answer.returncode:
         raise ValueError(f"`python -m sim suites` knows no suite {suite!r}: {answer.stderr.strip().splitlines()[-1]}")
     return json.loads(answer.stdout)[suite]

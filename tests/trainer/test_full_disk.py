@@ -55,7 +55,7 @@ def refusal(call, request) -> str:
     with pytest.raises(grpc.RpcError) as error:
         call(request, timeout=10)
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    return error.value.details()
+    return error.value.details() or ""
 
 
 def status(server: RunningServer) -> rollout_pb2.QueueStatus:
