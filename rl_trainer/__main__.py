@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 
 import tyro
+from safetensors import SafetensorError
 
 from policy_server.vla.checkpoint import CheckpointError
 from rl_trainer.doctor import DoctorConfig, doctor
@@ -35,7 +36,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PublishMismatch, ServerGone, ChildFailed) as error:
+    except (PublishMismatch, ServerGone, ChildFailed, OSError, SafetensorError) as error:  # the last two: a full disk
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ from rl_trainer.shaping import ShapingConfig, shaped_rewards
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
-STATE = "state.safetensors"
+STATE, RECORD = "state.safetensors", "train.json"
 CONFIDENCE = 0.95
 
 
@@ -128,11 +129,13 @@ BATCH_WAIT_MS = 100
 """Of a server of the run's own: workers have other episodes to move meanwhile, and a shared pass is a cheap one."""
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
+CATALOGUE_S = 600.0
+"""Longest that listing a suite may take: seconds on a quiet machine, but no run is given up for its neighbours."""
 
 
 def train(config: TrainConfig) -> None:
     """Runs until the budget is spent."""
-    _claim(config)
+    config = _claim(config)
     with launched(config.ranks, _follow, config) as ranks:
         learner, checkpoint = _learner(config, ranks)
         with ExitStack() as stack:
@@ -143,12 +146,12 @@ def train(config: TrainConfig) -> None:
             run.go()
 
 
-def _claim(config: TrainConfig) -> None:
-    """Makes the folder this run's own, or checks that it is the run to resume."""
-    record, wanted = config.out / "train.json", json.loads(json.dumps(asdict(config), default=str))
+def _claim(config: TrainConfig) -> TrainConfig:
+    """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
+    record, wanted = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
     if config.resume:
-        if not (config.out / STATE).exists():
-            raise FileNotFoundError(f"{config.out / STATE}: there is no run to resume")
+        if not record.exists():
+            raise FileNotFoundError(f"{record}: there is no run to resume")
         before = json.loads(record.read_text())
         changed = [name for name in before if name not in BUDGET and before[name] != wanted.get(name)]
         if changed:
@@ -157,7 +160,11 @@ def _claim(config: TrainConfig) -> None:
     elif record.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted, indent=1))
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, indent=1))
+    os.replace(partial, record)
+    # Killed before its first checkpoint, a run has asked for nothing yet: it begins again.
+    return replace(config, resume=config.resume and (config.out / STATE).exists())
 
 
 def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
@@ -211,7 +218,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
 def catalogue(suite: str) -> dict:
     """What the simulator says about a suite: tasks (id -> instruction) and splits (name -> states)."""
     command = [sys.executable, "-m", "sim", "suites", "--json", "--suites", suite]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=CATALOGUE_S)
     if answer.returncode:
         raise ValueError(f"`python -m sim suites` knows no suite {suite!r}: {answer.stderr.strip().splitlines()[-1]}")
     return json.loads(answer.stdout)[suite]
@@ -270,16 +277,12 @@ class Run:
         """Iterates until the budget is spent."""
         config = self.config
         self.publisher.begin(self.state.version)
-        self.queue.commit()
-        if not config.resume:
-            if self._evaluation_due(0):
-                self.evaluate()
-            self._save()
+        self._save()  # the run has its name on disk before anything is asked for in it
+        self._measure()
         while self.learner.iteration < config.iterations and self.seconds < 60 * (config.minutes or float("inf")):
             self.iterate()
-            if self._evaluation_due(self.learner.iteration):
-                self.evaluate()
             self._save()
+            self._measure()
         self.queue.commit(leave=True)
 
     def iterate(self) -> None:
@@ -347,6 +350,13 @@ class Run:
             f"{len(successes)} = {100 * rate:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]",
             flush=True,
         )
+
+    def _measure(self) -> None:
+        """Evaluates where that is due and is not in the curve yet."""
+        measured, _ = self.curve.series("success/evaluate")
+        if self._evaluation_due(self.learner.iteration) and self.learner.iteration not in measured:
+            self.evaluate()
+            self._save()
 
     def _evaluation_due(self, iteration: int) -> bool:
         """Whether the policy is measured after so many iterations; nothing else is collected meanwhile."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rl_trainer.learner import LearnerConfig
-from rl_trainer.train import STATE, TrainConfig, cells_of, seed_of, train
+from rl_trainer.train import STATE, TrainConfig, _claim, cells_of, seed_of, train
 from rl_trainer.train_state import TrainState
 
 LISTED = {
@@ -62,6 +62,16 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_vla: Path, tmp_path: Path) -> 
         train(replace(parts, resume=True, rollouts=4))
     with pytest.raises(ValueError, match="already holds a run"):
         train(parts)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    run = config_of(tmp_path / "run", tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no run to resume"):
+        _claim(replace(run, resume=True))
+    assert _claim(run) == run
+    assert _claim(replace(run, resume=True)) == run
+    (run.out / STATE).touch()
+    assert _claim(replace(run, resume=True)).resume
 
 
 def test_cells_are_all_states_of_the_split_or_the_first_of_each_task() -> None:
