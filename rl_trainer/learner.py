@@ -212,7 +212,7 @@ class Learner:
     def _learn(
         self, batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
     ) -> dict[str, float]:
-        """Epochs of optimiser steps; means of what they measured."""
+        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included."""
         config, measured = self.config, defaultdict[str, list[float]](list)
         self.model.train()
         steps = minibatches(
@@ -221,13 +221,14 @@ class Learner:
         stopped = False
         for rows in steps:
             metrics = self._gradient(batch, looked, rows, advantage_n, target_n)
-            if stopped := not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]:
+            stopped = not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]
+            metrics |= {} if stopped else self._step()
+            for name, value in metrics.items():
+                measured[name].append(value)
+            if stopped:
                 for optimizer in self._optimizers().values():
                     optimizer.forget()
                 break
-            metrics |= self._step()
-            for name, value in metrics.items():
-                measured[name].append(value)
         means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
         return means | {"stopped_early": float(stopped), "optimiser_steps": float(self.steps)}
 
@@ -323,6 +324,7 @@ def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version
     return {
         "value": float(looked.values_n.mean()),
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
-        "logprob_gap": float(gap.max()) if len(gap) else 0.0,
+        # Overlapped episodes are all of an older version: then nothing was compared.
+        "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
         "staleness": float(version - batch.version_n.mean()) if version >= 0 else 0.0,
     }

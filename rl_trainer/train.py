@@ -142,8 +142,8 @@ def train(config: TrainConfig) -> None:
             server, admin, check = stack.enter_context(_processes(config))
             run = Run(config, learner, checkpoint, server, admin, check)
             stack.callback(run.close)
-            stack.callback(ranks.share, None)  # the other ranks may leave
             run.go()
+            ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
 
 
 def _claim(config: TrainConfig) -> TrainConfig:

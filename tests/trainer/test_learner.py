@@ -178,3 +178,71 @@ def test_without_a_critic_the_critic_learns_nothing(tiny_vla: Path) -> None:
     before = weights(learner.critic)
     learner.update(trajectories_of(learner.model))
     assert distance(weights(learner.critic), before) == 0
+
+
+def test_a_batch_that_is_too_far_from_the_start_is_measured_and_leaves_no_trace(tiny_vla: Path) -> None:
+    """Overlapped episodes are of older weights: the first minibatch may be beyond the target, and nothing else done."""
+    learner, untouched = (learner_of(tiny_vla, replace(CONFIG, target_kl=0.1, minibatch=64)) for _ in range(2))
+    fresh, before = trajectories_of(learner.model), weights(learner.model)
+    metrics = learner.update([replace(one, logprobs_TN=one.logprobs_TN - 1) for one in fresh], version=1)
+    assert metrics["stopped_early"] == 1 and learner.steps == 0
+    assert metrics["ratio"] > 2 and metrics["approx_kl"] > 0.1
+    assert np.isnan(metrics["logprob_gap"]), "no answer was of version 1: there was nothing to compare"
+    assert distance(weights(learner.model), before) == 0
+    untouched.iteration = learner.iteration
+    for one in (learner, untouched):
+        one.update(fresh)
+    assert distance(weights(learner.model), weights(untouched.model)) == 0
+
+
+def test_advantages_are_each_trajectorys_own_and_targets_are_never_normalised(tiny_vla: Path) -> None:
+    """gamma .5, lambda .8: one ended after 2 + 1 ticks, one was cut after 3, before a value of .6 (defect 6)."""
+    learner = learner_of(tiny_vla, replace(CONFIG, gamma=0.5, lambda_=0.8))
+    ended, cut = trajectories_of(learner.model, (2, 1))
+    both = [replace(ended, ticks_T=np.array([2, 1])), replace(cut, ticks_T=np.array([3]))]
+    looked = replace(learner.score(both), values_n=np.array([0.5, 0.75, 0.25]), after_E=np.array([0.0, 0.6]))
+    advantage_n, target_n = learner._advantages(both, [np.array([0.0, 1.0]), np.array([0.1])], looked)
+    last, only = 1 - 0.75, 0.1 + 0.125 * 0.6 - 0.25
+    first = 0.25 * 0.75 - 0.5 + 0.8 * 0.25 * last
+    np.testing.assert_allclose(target_n, [first + 0.5, last + 0.75, only + 0.25])
+    raw_n = np.array([first, last, only])
+    np.testing.assert_allclose(advantage_n, (raw_n - raw_n.mean()) / raw_n.std())
+
+
+def test_a_trajectory_is_bootstrapped_from_the_value_of_what_came_after_itself(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, warm_up=9, critic_learning_rate=1e-2))
+    fresh = trajectories_of(learner.model, (2, 3, 2, 1))
+    learner.update(fresh)
+    after_E = learner.score(fresh).after_E
+    assert after_E[[0, 2]].tolist() == [0, 0] and abs(after_E[1] - after_E[3]) > 1e-3
+    for place in (1, 3):
+        one = fresh[place]
+        assert one.after is not None
+        seen_now = replace(one, observations=(one.after, *one.observations[1:]))
+        assert after_E[place] == pytest.approx(learner.score([seen_now]).values_n[0], abs=1e-5)
+
+
+def test_only_episodes_that_began_alike_are_compared(tiny_vla: Path) -> None:
+    """Two of state 0 with returns 1 and 0, two of state 1 with 1 and 1."""
+    learner = learner_of(tiny_vla, replace(CONFIG, advantage="rloo"))
+    four = trajectories_of(learner.model, (2, 1, 1, 1))
+    four[3] = replace(four[3], rewards_T=np.array([1.0]))
+    advantage_n, _ = learner._advantages(four, [one.rewards_T for one in four], learner.score(four))
+    np.testing.assert_allclose(advantage_n, [1, 1, -1, 0, 0])
+
+
+def test_an_episode_that_others_had_a_hand_in_compares_with_nothing(tiny_vla: Path) -> None:
+    alone, together = (learner_of(tiny_vla, replace(CONFIG, advantage="rloo")) for _ in range(2))
+    *fresh, helped = trajectories_of(alone.model, (3, 3, 3))
+    alone.update(fresh)
+    together.update([*fresh, replace(helped, whole=False, initial_state="0")])
+    assert distance(weights(alone.model), weights(together.model)) == 0
+
+
+def test_rewards_that_are_given_take_the_place_of_the_outcomes(tiny_vla: Path) -> None:
+    swapped, outcomes = (learner_of(tiny_vla, replace(CONFIG, advantage="rloo")) for _ in range(2))
+    success, failure = trajectories_of(swapped.model, (3, 3))
+    swapped.update([success, failure], [failure.rewards_T, success.rewards_T])
+    outcomes.update([replace(success, rewards_T=failure.rewards_T), replace(failure, rewards_T=success.rewards_T)])
+    start = weights(model_of(tiny_vla))
+    assert distance(weights(swapped.model), weights(outcomes.model)) == 0 < distance(weights(swapped.model), start)
