@@ -74,7 +74,10 @@ class PickPlace:
         return self._take(view, extent, pinched)
 
     def progress(self, view: View) -> float:
-        """See Skill: reach (to 0.3), held (0.4), carried to its place (0.8), lowered (0.9), there (1); else held is 1."""
+        """See Skill: reach (to 0.3), held (0.4), carried to its place (0.8), lowered (0.9), there (1).
+
+        Without a place, what is held lacks only the lift (0.8).
+        """
         extent = view.extent(self.body)
         if self.place is not None and self._delivered(view, extent):
             return 1.0
@@ -84,7 +87,7 @@ class PickPlace:
         if not (between or view.pinches(self.body)):
             return 0.3 * _nearness(reach, FAR_M)
         if self.place is None:
-            return 1.0
+            return 0.8
         away = np.array([*extent.centre[:2], extent.low[2]]) - self._goal(view)
         carried = 0.4 + 0.4 * _nearness(away[:2], FAR_M)
         over_it = np.hypot(*away[:2]) < self.place.radius_m
