@@ -208,7 +208,7 @@ def estimate(statistic: Callable[[np.ndarray], float], episodes: int) -> Estimat
         vectorized=False,
         confidence_level=CONFIDENCE,
         method="percentile",
-        random_state=SEED,
+        rng=np.random.default_rng(SEED),
     ).confidence_interval
     return Estimate(value=float(statistic(rows)), low=float(interval.low), high=float(interval.high), episodes=episodes)
 
