@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from policy_server.vla.config import LlamaConfig
 from policy_server.vla.kv_cache import KVCache
+from policy_server.vla.recompute import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
     def forward(
         self,
@@ -148,7 +150,7 @@ class Decoder(nn.Module):
         tokens take its slots from `start` on, and T = start + L.
         """
         for index, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, rotate, mask_B1LT, cache, (index, start))
+            x_BLD = run(layer, x_BLD, rotate, mask_B1LT, cache, (index, start), recompute=self.recompute)
         return self.norm(x_BLD)
 
 
