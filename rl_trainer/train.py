@@ -31,7 +31,6 @@ from scipy.stats import binomtest
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
-from rl_trainer.critic import Critic
 from rl_trainer.curriculum import Cell, Curriculum, CurriculumConfig
 from rl_trainer.launch import Child, free_port, kept_alive
 from rl_trainer.learner import Learner, LearnerConfig
@@ -92,6 +91,8 @@ class TrainConfig:
     lora_rank: int = 0
     """train an adapter of this rank; 0 trains all weights"""
     lora_alpha: float = 32.0
+    freeze_vision: bool = False
+    """vision towers and projector stay as they are: image tokens are computed once an iteration"""
     processes: int = 2
     """simulator processes started here"""
     slots: int = 4
@@ -174,12 +175,13 @@ def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
     if config.lora_rank:
         checkpoint.model.requires_grad_(False)
         torch.manual_seed(config.seed)
-        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha)
+        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+    elif config.freeze_vision:
+        checkpoint.model.freeze_vision()
     reference = None
     if config.learner.loss.reference_weight:
         reference = load_checkpoint(config.model, dtype=config.dtype, device=config.device).model
-    critic = Critic(checkpoint.config.llm.hidden_size, seed=config.seed).to(config.device)
-    learner = Learner(checkpoint.model, critic, config.learner, reference=reference, ranks=ranks, seed=config.seed)
+    learner = Learner(checkpoint.model, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
         _, tensors = TrainState.load(config.out / STATE)
         learner.load(tensors)

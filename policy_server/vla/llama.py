@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from policy_server.vla.config import LlamaConfig
 from policy_server.vla.kv_cache import KVCache
+from policy_server.vla.recompute import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +71,28 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.fused: torch.Tensor | None = None
 
-    def _qkv(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def _qkv(self, x_BLD: torch.Tensor, rotate: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, rotated, and values: (B, L, H, d) each."""
+        shape = (*x_BLD.shape[:2], -1, self.head_dim)
         if self.fused is not None and not torch.is_grad_enabled():
-            return functional.linear(x_BLD, self.fused)
-        return torch.cat((self.q_proj(x_BLD), self.k_proj(x_BLD), self.v_proj(x_BLD)), -1)
+            qkv = functional.linear(x_BLD, self.fused).view(shape)
+            queries, keys = rotate(qkv[:, :, : 2 * self.heads]).split(self.heads, 2)
+            return queries, keys, qkv[:, :, 2 * self.heads :]
+        # Side by side they would cost a copy, and another in the gradient.
+        queries, keys, values = (proj(x_BLD).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(queries), rotate(keys), values
 
     def forward(
         self, x_BLD: torch.Tensor, rotate: Rotation, mask_B1LT: torch.Tensor, cache: KVCache | None, at: tuple[int, int]
     ) -> torch.Tensor:
         """`at` is (layer, first slot) in the cache."""
-        batch, length, width = x_BLD.shape
-        qkv = self._qkv(x_BLD).view(batch, length, 3, self.heads, self.head_dim)
-        rotated = rotate(qkv[:, :, :2].flatten(2, 3)).view(batch, length, 2, self.heads, self.head_dim)
-        queries = rotated[:, :, 0].transpose(1, 2)
+        queries, keys, values = self._qkv(x_BLD, rotate)
         if cache is None:
-            keys, values = rotated[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         else:
-            kv = torch.stack((rotated[:, :, 1], qkv[:, :, 2]))
-            keys, values = cache.append(*at, kv.transpose(2, 3))
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_B1LT)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+            keys, values = cache.append(*at, torch.stack((keys, values)).transpose(2, 3))
+        mixed = functional.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask_B1LT)
+        return self.o_proj(mixed.transpose(1, 2).reshape(x_BLD.shape))
 
 
 class MLP(nn.Module):
@@ -133,6 +136,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
     def forward(
         self,
@@ -148,7 +152,7 @@ class Decoder(nn.Module):
         tokens take its slots from `start` on, and T = start + L.
         """
         for index, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, rotate, mask_B1LT, cache, (index, start))
+            x_BLD = run(layer, x_BLD, rotate, mask_B1LT, cache, (index, start), recompute=self.recompute)
         return self.norm(x_BLD)
 
 
