@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +24,22 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Child:
-    """One command that is started again when it ends, with its output in a log file."""
+    """One command that is started again when it ends, with its output in a log file.
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, *, on_loss: Callable[[str], None]):
+    environment: what it is told over this process's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        on_loss: Callable[[str], None],
+    ):
         self.name, self._command, self._log, self._on_loss = name, list(command), log, on_loss
+        self._environment = {**os.environ, **(environment or {})}
         self._deaths = 0
         self._start()
 
@@ -59,6 +72,7 @@ class Child:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
+                env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

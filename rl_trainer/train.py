@@ -32,9 +32,12 @@ from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_check
 from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
 from rl_trainer.curriculum import Cell, Curriculum, CurriculumConfig
+from rl_trainer.devices import find_machine
 from rl_trainer.launch import Child, free_port, kept_alive
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.metrics import Curve
+from rl_trainer.placement import CUDA, Placement
+from rl_trainer.placement import plan as place
 from rl_trainer.publisher import Publisher
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.reward_alarm import AlarmConfig, RewardAlarm
@@ -106,6 +109,7 @@ class TrainConfig:
     threads: int = 1
     """torch threads of each"""
     device: str = "cpu"
+    """of the learner: cpu, cuda, or auto (CUDA where there is one)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the weights in the model; masters are float32 always"""
     seed: int = 0
@@ -124,6 +128,8 @@ class TrainConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
+        if not self.server and self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
 
 
 BATCH_WAIT_MS = 100
@@ -136,15 +142,30 @@ CATALOGUE_S = 600.0
 
 def train(config: TrainConfig) -> None:
     """Runs until the budget is spent."""
+    placement = None if config.server else placed(config)
     config = _claim(config)
-    with launched(config.ranks, _follow, config) as ranks:
-        learner, checkpoint = _learner(config, ranks)
+    if placement:
+        print(placement.table(), flush=True)
+        os.environ.update(placement.learner.environment)  # before CUDA is asked for anything; other ranks inherit it
+    with launched(config.ranks, follow, config) as ranks:
+        learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
-            server, admin, check = stack.enter_context(_processes(config))
+            server, admin, check = stack.enter_context(_processes(config, placement))
             run = Run(config, learner, checkpoint, server, admin, check)
             stack.callback(run.close)
             run.go()
             ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
+
+
+def placed(config: TrainConfig) -> Placement:
+    """Where the run's processes go on this machine.  Raises ValueError when memory holds no scene."""
+    return place(
+        find_machine(),
+        processes=config.processes,
+        visible=os.environ.get(CUDA),
+        mujoco_gl=os.environ.get("MUJOCO_GL", ""),
+        learner_on_cpu=config.device == "cpu",
+    )
 
 
 def _claim(config: TrainConfig) -> TrainConfig:
@@ -153,11 +174,8 @@ def _claim(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not record.exists():
             raise FileNotFoundError(f"{record}: there is no run to resume")
-        before = json.loads(record.read_text())
-        changed = [name for name in before if name not in BUDGET and before[name] != wanted.get(name)]
-        if changed:
-            differences = "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
-            raise ValueError(f"{config.out} holds another run: {differences}")
+        if changed := differences(record, config, but=BUDGET):
+            raise ValueError(f"{config.out} holds another run: {changed}")
     elif record.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -168,10 +186,18 @@ def _claim(config: TrainConfig) -> TrainConfig:
     return replace(config, resume=config.resume and (config.out / STATE).exists())
 
 
-def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
+def differences(record: Path, config: TrainConfig, *, but: Sequence[str]) -> str:
+    """What a run's train.json says otherwise than the config, in words."""
+    before, wanted = json.loads(record.read_text()), json.loads(json.dumps(asdict(config), default=str))
+    changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
+    return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
+
+
+def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
     """The same on every rank."""
     torch.set_num_threads(config.threads)
-    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=config.device)
+    device = compute_device(config.device)
+    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
     if config.lora_rank:
         checkpoint.model.requires_grad_(False)
         torch.manual_seed(config.seed)
@@ -180,7 +206,7 @@ def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
         checkpoint.model.freeze_vision()
     reference = None
     if config.learner.loss.reference_weight:
-        reference = load_checkpoint(config.model, dtype=config.dtype, device=config.device).model
+        reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
     learner = Learner(checkpoint.model, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
         _, tensors = TrainState.load(config.out / STATE)
@@ -188,17 +214,28 @@ def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
     return learner, checkpoint
 
 
-def _follow(ranks: Ranks, config: TrainConfig) -> None:
+def compute_device(asked: str) -> str:
+    """What `auto` means here.  Raises ValueError when CUDA is asked for and is not to be had."""
+    cuda = torch.cuda.is_available()
+    if asked.startswith("cuda") and not cuda:
+        raise ValueError(f"device {asked!r} was asked for, but this machine or its torch has no CUDA")
+    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
+
+
+def follow(ranks: Ranks, config: TrainConfig) -> None:
     """The life of every rank but the first."""
-    learner, _ = _learner(config, ranks)
+    learner, _ = make_learner(config, ranks)
     while (work := ranks.share(None)) is not None:
         learner.update(*work)
 
 
 @contextmanager
-def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Addresses of a server and its admin service, and a check that raises when what runs here cannot be kept alive."""
-    if config.server:
+def _processes(config: TrainConfig, placement: Placement | None) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Addresses of a server and its admin service, and a check that raises when what runs here cannot be kept alive.
+
+    Without a placement both run elsewhere.
+    """
+    if placement is None:
         yield config.server, config.admin, lambda: None
         return
     port, admin = free_port(), free_port()
@@ -206,19 +243,29 @@ def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], Non
     serve = ["policy_server", "serve", "--model", config.model, "--port", str(port), "--admin-port", str(admin)]
     serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
     serve += ["--max-wait-ms", str(BATCH_WAIT_MS)]
-    work = ["sim", "worker", "--server", server, "--suites", config.suite]
-    work += ["--processes", str(config.processes), "--slots", str(config.slots)]
-    work += ["--coarse-practice"] if config.coarse_practice else []
+    work = ["sim", "worker", "--server", server, "--suites", config.suite, "--slots", str(config.slots)]
+    work += ["--memory-gb", f"{placement.worker_gb:.2f}", *(["--coarse-practice"] if config.coarse_practice else [])]
+    parts = [("policy_server", serve, placement.server.environment)]
+    parts += [
+        (f"sim-{number}" if number else "sim", [*work, "--processes", str(count)], environment)
+        for number, (environment, count) in enumerate(placement.groups)
+    ]
     children = [
-        Child(command[0], [sys.executable, "-m", *command], config.out / f"{command[0]}.log", on_loss=print)
-        for command in (serve, work)
+        Child(
+            name,
+            [sys.executable, "-m", *command],
+            config.out / f"{name}.log",
+            environment=environment,
+            on_loss=print,
+        )
+        for name, command, environment in parts
     ]
     with kept_alive(children) as check:
         yield server, f"127.0.0.1:{admin}", check
 
 
 def catalogue(suite: str) -> dict:
-    """What the simulator says about a suite: tasks (id -> instruction) and splits (name -> states)."""
+    """What the simulator says about a suite: tasks (id -> instruction), splits (name -> states), max_ticks."""
     command = [sys.executable, "-m", "sim", "suites", "--json", "--suites", suite]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=CATALOGUE_S)
     if answer.returncode:
@@ -330,7 +377,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Greedy success on states that are never practised on, with its Wilson interval."""
-        name = f"evaluate-{self.learner.iteration}"
+        name, started_s = f"evaluate-{self.learner.iteration}", self.seconds
         rollouts = [
             self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
             for number, cell in enumerate(self.held_out)
@@ -345,6 +392,7 @@ class Run:
             self.learner.iteration,
             **{"success/evaluate": rate, "success/low": interval.low, "success/high": interval.high},
             **{"evaluated": len(successes), "evaluation_errors": len(finished) - len(successes)},
+            **{"seconds/evaluate": self.seconds - started_s},
             **{name: float(count) for name, count in self.state.counts.items()},
         )
         print(
