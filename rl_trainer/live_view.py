@@ -176,7 +176,9 @@ class LiveView(Printer):
         now = self._clock()
         if now - self._memory_s > MEMORY_S:
             self._memory, self._memory_s = resident_bytes(), now
-        left = "unknown yet" if self._left_s is None else f"about {duration(max(0.0, self._left_s - now))}"
+        left = "unknown yet" if self._left_s is None else f"about {duration(self._left_s - now)}"
+        if self._left_s is not None and self._left_s <= now:
+            left = "this iteration"  # one that has begun is finished
         total = psutil.virtual_memory().total
         spent = "   ".join(f"{name.replace('_', ' ')} {self._latest(name):,.0f}" for name in SPENT)
         return Group(

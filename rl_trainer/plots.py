@@ -16,7 +16,7 @@ Row = Mapping[str, float]
 """A line of the curve, with its `step`."""
 
 BLUE, PALE, DARK, GREY, ORANGE = "#33658a", "#86bbd8", "#22223b", "#b8b8c0", "#d1603d"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",

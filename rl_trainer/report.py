@@ -107,18 +107,17 @@ def _sections(rows: Sequence[Row], config: Mapping, folder: Path, instructions: 
 
 def panels(rows: Sequence[Row]) -> dict[str, Draw]:
     """Title -> what is drawn under it."""
-    over = {"xlabel": "iteration"}
     phases, shares = {f"seconds/{phase}": phase for phase in PHASES}, "probability/"
     tasks = {name: name.rpartition("/")[2] for row in rows[-2:] for name in row if name.startswith(shares)}
     top = max((row.get(name, 0.0) for row in rows for name in tasks), default=1.0)
-    curriculum = lines(rows, tasks, legend=len(tasks) <= LEGEND, ylim=(0, 1.4 * top), **over)
+    curriculum = lines(rows, tasks, legend=len(tasks) <= LEGEND, ylim=(0, 1.4 * top), xlabel="iteration")
     return {
-        "time of each phase": stacked(rows, phases, ylabel="seconds", **over),
+        "time of each phase": stacked(rows, phases, ylabel="seconds", xlabel="iteration"),
         **({"curriculum: share of each task in the practice": curriculum} if tasks else {}),
-        "divergence": lines(rows, {"approx_kl": "KL", "clip_fraction": "share of ratios clipped"}, **over),
-        "entropy, nats a token": lines(rows, ["entropy"], legend=False, **over),
+        "divergence": lines(rows, {"approx_kl": "KL", "clip_fraction": "share of ratios clipped"}, xlabel="iteration"),
+        "entropy, nats a token": lines(rows, ["entropy"], legend=False, xlabel="iteration"),
         "log-probabilities, server against learner: largest gap": _gap(rows),
-        "critic": lines(rows, {"value": "mean value", "explained_variance": "explained variance"}, **over),
+        "critic": lines(rows, {"value": "mean value", "explained_variance": "explained variance"}, xlabel="iteration"),
     }
 
 

@@ -377,8 +377,8 @@ class Run:
 
     def _spent(self) -> dict[str, float]:
         """What a row of the curve says about the run so far."""
-        counts = {name: self.state.counts[name] for name in ("environment_steps", "decisions", "episodes")}
-        return counts | {"wall_clock_s": self.seconds, "version": self.state.version}
+        counts = {name: float(self.state.counts[name]) for name in ("environment_steps", "decisions", "episodes")}
+        return counts | {"wall_clock_s": self.seconds, "version": float(self.state.version)}
 
     def _ask(self, iteration: int) -> None:
         """Chooses the rollouts of an iteration and enqueues them."""

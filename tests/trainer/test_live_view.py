@@ -99,6 +99,8 @@ def test_the_time_left_counts_down_between_iterations() -> None:
     assert "left about 15 min" in shown(live)  # nine iterations of 102 s
     clock.now_s += 300
     assert "left about 10 min" in shown(live) and "elapsed 5 min" in shown(live)
+    clock.now_s += 700
+    assert "left this iteration" in shown(live)
 
 
 @pytest.mark.parametrize(
