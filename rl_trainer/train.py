@@ -26,7 +26,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from policy_server.vla.lora import apply_lora, save_lora
@@ -35,20 +34,23 @@ from rl_trainer.curriculum import Cell, Curriculum, CurriculumConfig
 from rl_trainer.devices import find_machine
 from rl_trainer.launch import Child, free_port, kept_alive
 from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.live_view import LiveView
 from rl_trainer.metrics import Curve
+from rl_trainer.observer import Observer, Printer
 from rl_trainer.placement import CUDA, Placement
 from rl_trainer.placement import plan as place
 from rl_trainer.publisher import Publisher
 from rl_trainer.ranks import Ranks, launched
+from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import AlarmConfig, RewardAlarm
 from rl_trainer.reward_model import load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
+from rl_trainer.tally import scalars_of, tally_of
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
 STATE, RECORD = "state.safetensors", "train.json"
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ def train(config: TrainConfig) -> None:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
             server, admin, check = stack.enter_context(_processes(config, placement))
-            run = Run(config, learner, checkpoint, server, admin, check)
+            run = Run(config, learner, checkpoint, server, admin, check, _observers(config, checkpoint.config.camera))
             stack.callback(run.close)
             run.go()
             ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
@@ -166,6 +168,20 @@ def placed(config: TrainConfig) -> Placement:
         mujoco_gl=os.environ.get("MUJOCO_GL", ""),
         learner_on_cpu=config.device == "cpu",
     )
+
+
+def _observers(config: TrainConfig, camera: str) -> list[Observer]:
+    """A report in any case; on a terminal a live view, elsewhere lines."""
+    shown = Printer(split=config.evaluate_split)
+    if sys.stdout.isatty():
+        shown = LiveView(
+            f"{config.suite} in {config.out}",
+            iterations=config.iterations,
+            minutes=config.minutes,
+            evaluate_every=config.evaluate_every,
+            split=config.evaluate_split,
+        )
+    return [shown, Reporter(config.out, camera=camera)]
 
 
 def _claim(config: TrainConfig) -> TrainConfig:
@@ -295,13 +311,16 @@ class Run:
         server: str,
         admin: str,
         check: Callable[[], None],
+        observers: Sequence[Observer] = (),
     ):
         self.config, self.learner, self.checkpoint, self._check = config, learner, checkpoint, check
+        self.observers = observers
         listed = catalogue(config.suite)
         self.curriculum = Curriculum(cells_of(listed, config.tasks, config.split), config.curriculum, seed=config.seed)
         self.held_out = cells_of(listed, config.tasks, config.evaluate_split, config.evaluate_states)
         if config.evaluate_every and (shared := {*self.curriculum.cells} & {*self.held_out}):
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
+        self.instructions = {task: listed["tasks"][task] for task, _ in [*self.curriculum.cells, *self.held_out]}
         self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
         self.reward = None
         if config.reward_model is not None:
@@ -325,6 +344,7 @@ class Run:
     def go(self) -> None:
         """Iterates until the budget is spent."""
         config = self.config
+        self._tell(lambda o: o.on_start(self.instructions, self.curve.rows, self.seconds))
         self.publisher.begin(self.state.version)
         self._save()  # the run has its name on disk before anything is asked for in it
         self._measure()
@@ -339,41 +359,37 @@ class Run:
         started_s = self.seconds
         if not self.state.asked:
             self._ask(self.learner.iteration)
+        self._tell(lambda o: o.on_phase("collect", len(self.state.asked)))
         finished = self._collect(self.state.asked)
         self.state.asked = []
         if self.config.overlap and not self._evaluation_due(self.learner.iteration + 1):
             self._ask(self.learner.iteration + 1)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
+        self._tell(lambda o: o.on_phase("learn"))
         # GRPO and RLOO add up a trajectory's rewards without a discount.
         gamma = self.config.learner.gamma if self.config.learner.advantage == "gae" else 1.0
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
         self.learner.ranks.share((trajectories, rewards))
         metrics = self.learner.update(trajectories, rewards, version=self.state.version)
         learned_s = self.seconds
+        self._tell(lambda o: o.on_phase("publish"))
         self.state.version = self.publisher.publish(
             self.state.version, note=f"{self.state.run} {self.learner.iteration}"
         )
-        successes = [is_success(item) for item in finished if item.episode is not None]
         metrics |= {
-            "success/train": sum(successes) / max(1, len(successes)),
+            "success/train": tally_of(finished).rate,
             "return": float(np.mean([rewards_T.sum() for rewards_T in rewards])),
             "seconds/collect": collected_s - started_s,
             "seconds/learn": learned_s - collected_s,
             "seconds/publish": self.seconds - learned_s,
-            "wall_clock_s": self.seconds,
-            **{name: float(count) for name, count in self.state.counts.items()},
+            **{f"probability/{task}": share for task, share in self.curriculum.task_probabilities.items()},
+            **scalars_of(finished, "train"),
         }
-        self.curve.add(self.learner.iteration, **metrics)
+        row = self.curve.add(self.learner.iteration, **metrics, **self._spent())
         if warning := self.alarm.observe(metrics["return"], metrics["success/train"]):
-            print(warning, flush=True)
-        print(
-            f"iteration {self.learner.iteration}  success {sum(successes)}/{len(successes)}  "
-            f"ratio {metrics['ratio']:.3f}  kl {metrics['approx_kl']:.4f}  entropy {metrics['entropy']:.3f}  "
-            f"explained {metrics['explained_variance']:.2f}  gap {metrics['logprob_gap']:.1e}  version "
-            f"{self.state.version}  {metrics['seconds/collect']:.0f} + {metrics['seconds/learn']:.0f} s",
-            flush=True,
-        )
+            self._tell(lambda o: o.on_note(warning))
+        self._tell(lambda o: o.on_iteration(row))
 
     def evaluate(self) -> None:
         """Greedy success on states that are never practised on, with its Wilson interval."""
@@ -382,28 +398,26 @@ class Run:
             self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
             for number, cell in enumerate(self.held_out)
         ]
+        started_s = self.seconds
+        self._tell(lambda o: o.on_phase("evaluate", len(rollouts)))
         finished = self._collect(rollouts)
-        successes = [is_success(item) for item in finished if item.episode is not None]
-        if not successes:
+        tally = tally_of(finished)
+        if not tally.episodes:
             raise RuntimeError(f"every evaluation episode ended as an error, the first: {finished[0].errors}")
-        interval = binomtest(sum(successes), len(successes)).proportion_ci(CONFIDENCE, method="wilson")
-        rate = sum(successes) / len(successes)
-        self.curve.add(
+        low, high = tally.interval
+        row = self.curve.add(
             self.learner.iteration,
-            **{"success/evaluate": rate, "success/low": interval.low, "success/high": interval.high},
-            **{"evaluated": len(successes), "evaluation_errors": len(finished) - len(successes)},
-            **{"seconds/evaluate": self.seconds - started_s},
-            **{name: float(count) for name, count in self.state.counts.items()},
+            **{"success/evaluate": tally.rate, "success/low": low, "success/high": high},
+            **{"evaluated": tally.episodes, "evaluation_errors": len(finished) - tally.episodes},
+            **{"optimiser_steps": self.learner.steps, "seconds/evaluate": self.seconds - started_s},
+            **scalars_of(finished, "evaluate"),
+            **self._spent(),
         )
-        print(
-            f"iteration {self.learner.iteration}  greedy success on {self.config.evaluate_split}: {sum(successes)}/"
-            f"{len(successes)} = {100 * rate:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]",
-            flush=True,
-        )
+        self._tell(lambda o: o.on_evaluation(row, finished))
 
     def _measure(self) -> None:
         """Evaluates where that is due and is not in the curve yet."""
-        measured, _ = self.curve.series("success/evaluate")
+        measured = {row["step"] for row in self.curve.rows if "success/evaluate" in row}
         if self._evaluation_due(self.learner.iteration) and self.learner.iteration not in measured:
             self.evaluate()
             self._save()
@@ -417,6 +431,16 @@ class Run:
         self.queue.close()
         self.publisher.close()
         self.curve.close()
+        self._tell(lambda o: o.close())
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            tell(observer)
+
+    def _spent(self) -> dict[str, float]:
+        """What a row of the curve says about the run so far."""
+        counts = {name: float(self.state.counts[name]) for name in ("environment_steps", "decisions", "episodes")}
+        return counts | {"wall_clock_s": self.seconds, "version": float(self.state.version)}
 
     def _ask(self, iteration: int) -> None:
         """Chooses the rollouts of an iteration and enqueues them."""
@@ -449,6 +473,7 @@ class Run:
         finished = dict[str, Finished]()
         for item in self.queue.finished(check=self._check):
             finished[item.rollout.rollout_id] = item
+            self._tell(lambda o, item=item: o.on_rollout(item))
         self.state.cursor = self.queue.cursor
         return [finished[rollout.rollout_id] for rollout in rollouts]
 
@@ -459,7 +484,7 @@ class Run:
             if item.episode is None:
                 refused["error"] += 1
                 continue
-            self.curriculum.observe(item.rollout.task, item.rollout.initial_state, is_success(item))
+            self.curriculum.observe(item.rollout.task, item.rollout.initial_state, item.success)
             self.state.counts["environment_steps"] += len(item.episode.ticks)
             self.state.counts["decisions"] += len(item.episode.decisions)
             self.state.counts["episodes"] += 1
@@ -468,13 +493,14 @@ class Run:
             except RefusedEpisode as error:
                 refused[error.reason] += 1
         if refused:
-            print(f"not learned from: {dict(refused)}", flush=True)
+            self._tell(lambda o: o.on_note(f"not learned from: {dict(refused)}"))
         if not trajectories:
             raise RuntimeError(f"no episode of the iteration can be learned from: {dict(refused)}")
         return trajectories
 
     def _save(self) -> None:
         """The checkpoint, then the cursor: the server may delete what the checkpoint has taken in."""
+        self._tell(lambda o: o.on_phase("save"))
         self.state.seconds = self.seconds
         self.state.curriculum, self.state.alarm = self.curriculum.state(), self.alarm.state()
         self.state.save(self.config.out / STATE, self.learner.state())
@@ -484,20 +510,7 @@ class Run:
             save_lora(self.checkpoint.model, folder, base=str(self.config.model))
         else:
             save_checkpoint(folder, self.checkpoint.model, self.checkpoint.tokenizer)
-        self.curve.plot(self.config.out / "curve.png", PANELS)
-
-
-PANELS = {
-    "success": ["success/train", "success/evaluate", "success/low", "success/high"],
-    "divergence": ["approx_kl", "clip_fraction"],
-    "critic": ["value", "explained_variance"],
-    "seconds": ["seconds/collect", "seconds/learn", "seconds/publish"],
-}
-
-
-def is_success(item: Finished) -> bool:
-    """Whether the rollout's episode succeeded."""
-    return item.episode is not None and item.episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+        self._tell(lambda o: o.on_save())
 
 
 def seed_of(seed: int, name: str, number: int) -> int:

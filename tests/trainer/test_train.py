@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner import LearnerConfig
+from rl_trainer.tally import total
 from rl_trainer.train import STATE, TrainConfig, _claim, cells_of, seed_of, train
 from rl_trainer.train_state import TrainState
 
@@ -62,7 +64,13 @@ def test_a_resumed_run_continues_bit_for_bit(
     evaluated = [row["step"] for row in curve(whole.out) if "success/evaluate" in row]
     assert evaluated == [0, 2]
     assert all(row["seconds/evaluate"] > 0 for row in curve(whole.out) if "success/evaluate" in row)
-    assert (whole.out / "last" / "config.json").exists() and (whole.out / "curve.png").exists()
+    assert total(curve(whole.out), "train").episodes == 4 and total(curve(whole.out), "evaluate").episodes == 2
+    probabilities = [[row["probability/robosuite/0"] for row in of_run] for of_run in rows]
+    assert probabilities[0] == probabilities[1] == pytest.approx([1.0, 1.0])
+    assert (whole.out / "last" / "config.json").exists()
+    for config in (whole, parts):
+        assert (config.out / "report" / "index.html").exists()
+        assert len(read_webp(config.out / "report" / "robosuite-0.webp")) > HOLD
     with pytest.raises(ValueError, match="rollouts was 2, got 4"):
         train(replace(parts, resume=True, rollouts=4))
     with pytest.raises(ValueError, match="already holds a run"):
