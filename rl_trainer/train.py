@@ -286,8 +286,9 @@ class Run:
             self._ask(self.learner.iteration)
         finished = self._collect(self.state.asked)
         self.state.asked = []
-        if self.config.overlap and not self._evaluation_due(self.learner.iteration + 1):
-            self._ask(self.learner.iteration + 1)
+        coming = self.learner.iteration + 1
+        if self.config.overlap and coming < self.config.iterations and not self._evaluation_due(coming):
+            self._ask(coming)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
         # GRPO and RLOO add up a trajectory's rewards without a discount.
