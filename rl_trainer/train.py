@@ -362,8 +362,9 @@ class Run:
         self._tell(lambda o: o.on_phase("collect", len(self.state.asked)))
         finished = self._collect(self.state.asked)
         self.state.asked = []
-        if self.config.overlap and not self._evaluation_due(self.learner.iteration + 1):
-            self._ask(self.learner.iteration + 1)
+        coming = self.learner.iteration + 1
+        if self.config.overlap and coming < self.config.iterations and not self._evaluation_due(coming):
+            self._ask(coming)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
         self._tell(lambda o: o.on_phase("learn"))

@@ -100,6 +100,7 @@ def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, 
     rows, found = run(tmp_path, tiny_vla, overlap=True, iterations=4, evaluate_every=0)
     assert [versions(found[str(number)]) for number in range(4)] == [{0}, {0}, {1}, {2}]
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+    assert set(found) == {"0", "1", "2", "3"}, "nothing is asked for that nobody will learn from"
 
 
 def test_a_run_that_would_be_measured_on_what_it_practises_is_refused(tiny_vla: Path, tmp_path: Path) -> None:
