@@ -159,28 +159,30 @@ class VLA(nn.Module):
         embedded = self.language_model.model.embed_tokens(input_ids_BL)
         return torch.cat((embedded[:, :1], context_BCD, embedded[:, 1:]), 1)
 
-    def hidden(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, M + N, D) of prompts followed by any number of action tokens."""
+    def hidden(self, prompts: Prompts, action_ids_BN: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Last hidden states (B, M + N - first, D) of prompts followed by any number of action tokens."""
         x = self.embed_prompts(prompts.input_ids_BL, self.context(prompts))
         layout = Layout.of(prompts, self.config.num_context_tokens, action_ids_BN.shape[1])
         x = torch.cat((x, self.language_model.model.embed_tokens(action_ids_BN)), 1)
-        return self.language_model.model(x, self.language_model.rotation(layout.positions), layout.mask(x.dtype))
+        rotation = self.language_model.rotation(layout.positions)
+        return self.language_model.model(x, rotation, layout.mask(x.dtype), first=first)
 
     def read(self, prompts: Prompts) -> torch.Tensor:
         """(B, D): Scores.hidden_BD, by a pass over the prompts alone."""
-        no_actions = prompts.input_ids_BL[:, :0]
-        return self._at_last_prompt_token(self.hidden(prompts, no_actions), prompts)
+        return self._read(prompts, prompts.input_ids_BL[:, :0])[0]
 
-    def _at_last_prompt_token(self, hidden: torch.Tensor, prompts: Prompts) -> torch.Tensor:
-        last = prompts.lengths_B + self.config.num_context_tokens - 1
-        return hidden[torch.arange(len(last), device=last.device), last]
+    def _read(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states at the last prompt token (B, D), and at the action tokens (B, N, D)."""
+        last_B = prompts.lengths_B + self.config.num_context_tokens - 1
+        first = int(last_B.min())  # nobody reads what comes before
+        hidden = self.hidden(prompts, action_ids_BN, first)
+        slots = prompts.input_ids_BL.shape[1] + self.config.num_context_tokens
+        return hidden[torch.arange(len(last_B), device=last_B.device), last_B - first], hidden[:, slots - first :]
 
     def forward(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> Scores:
         """Scores every action token given those before it (teacher forcing)."""
-        hidden = self.hidden(prompts, action_ids_BN[:, :-1])
-        slots = prompts.input_ids_BL.shape[1] + self.config.num_context_tokens
-        hidden_BD = self._at_last_prompt_token(hidden, prompts)
-        before_BND = torch.cat((hidden_BD[:, None], hidden[:, slots:]), 1)
+        hidden_BD, hidden_BND = self._read(prompts, action_ids_BN[:, :-1])
+        before_BND = torch.cat((hidden_BD[:, None], hidden_BND), 1)
         logits = functional.linear(before_BND, self.action_head).float()
         return Scores(logits_BNV=logits, hidden_BD=hidden_BD)
 
