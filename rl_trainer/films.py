@@ -17,13 +17,13 @@ from protos.episode_file import Episode
 from rl_trainer.rollouts import Finished
 
 SIDE_PX = 160
-"""Larger frames are made smaller."""
-FRAMES = 80
+"""Larger frames are made smaller, and those of less than half of it are magnified: captions need room."""
+FRAMES = 50
 """Of a clip, at most; a longer episode is shown faster."""
 FRAME_MS = 150
 HOLD = 8
 """Frames that the end stands still."""
-QUALITY = 85
+QUALITY = 80
 MARGIN = ((0, 0), (2, 2), (0, 0))
 """Black columns beside a frame, so that neighbours are told apart."""
 
@@ -63,7 +63,7 @@ def frames_of(episode: Episode, camera: str) -> list[np.ndarray]:
     seen = [decision.observation for decision in episode.decisions]
     seen += [episode.end.final_observation] if camera in episode.end.final_observation.images else []
     chosen = np.unique(np.linspace(0, len(seen) - 1, min(len(seen), FRAMES)).round().astype(int))
-    return [_small(codec.decode_image(seen[index].images[camera], f"images[{camera}]")) for index in chosen]
+    return [_sized(codec.decode_image(seen[index].images[camera], f"images[{camera}]")) for index in chosen]
 
 
 def write_webp(path: Path, frames: Sequence[np.ndarray]) -> None:
@@ -83,7 +83,8 @@ def read_webp(path: Path) -> list[np.ndarray]:
     return frames
 
 
-def _small(pixels_HW3: np.ndarray) -> np.ndarray:
-    picture = Image.fromarray(pixels_HW3)
+def _sized(pixels_HW3: np.ndarray) -> np.ndarray:
+    times = max(1, SIDE_PX // max(pixels_HW3.shape[:2]))
+    picture = Image.fromarray(pixels_HW3.repeat(times, axis=0).repeat(times, axis=1))
     picture.thumbnail((SIDE_PX, SIDE_PX))
     return np.asarray(picture)
