@@ -42,7 +42,8 @@ from rl_trainer.costs import (
 from rl_trainer.devices import find_machine
 from rl_trainer.doctor import disk_free_gb
 from rl_trainer.placement import Placement
-from rl_trainer.train import TrainConfig, catalogue, cells_of, differences, placed
+from rl_trainer.suite import catalogue, cells_of
+from rl_trainer.train import TrainConfig, differences, placed
 
 HOST = "this machine"
 FREE = ("out", "resume", "iterations", "minutes", "evaluate_every")

@@ -14,12 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,7 +31,7 @@ from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
 from rl_trainer.curriculum import Cell, Curriculum, CurriculumConfig
 from rl_trainer.devices import find_machine
-from rl_trainer.launch import Child, free_port, kept_alive
+from rl_trainer.launch import started_here
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.live_view import LiveView
 from rl_trainer.metrics import Curve
@@ -46,6 +45,7 @@ from rl_trainer.reward_alarm import AlarmConfig, RewardAlarm
 from rl_trainer.reward_model import load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
+from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import scalars_of, tally_of
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
@@ -134,12 +134,8 @@ class TrainConfig:
             raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
 
 
-BATCH_WAIT_MS = 100
-"""Of a server of the run's own: workers have other episodes to move meanwhile, and a shared pass is a cheap one."""
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
-CATALOGUE_S = 600.0
-"""Longest that listing a suite may take: seconds on a quiet machine, but no run is given up for its neighbours."""
 
 
 def train(config: TrainConfig) -> None:
@@ -152,7 +148,18 @@ def train(config: TrainConfig) -> None:
     with launched(config.ranks, follow, config) as ranks:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
-            server, admin, check = stack.enter_context(_processes(config, placement))
+            server, admin, check = config.server, config.admin, lambda: None
+            if placement:
+                started = started_here(
+                    placement,
+                    config.out,
+                    model=config.model,
+                    suite=config.suite,
+                    slots=config.slots,
+                    coarse_practice=config.coarse_practice,
+                    deterministic=config.deterministic,
+                )
+                server, admin, check = stack.enter_context(started)
             run = Run(config, learner, checkpoint, server, admin, check, _observers(config, checkpoint.config.camera))
             stack.callback(run.close)
             run.go()
@@ -243,61 +250,6 @@ def follow(ranks: Ranks, config: TrainConfig) -> None:
     learner, _ = make_learner(config, ranks)
     while (work := ranks.share(None)) is not None:
         learner.update(*work)
-
-
-@contextmanager
-def _processes(config: TrainConfig, placement: Placement | None) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Addresses of a server and its admin service, and a check that raises when what runs here cannot be kept alive.
-
-    Without a placement both run elsewhere.
-    """
-    if placement is None:
-        yield config.server, config.admin, lambda: None
-        return
-    port, admin = free_port(), free_port()
-    server = f"127.0.0.1:{port}"
-    serve = ["policy_server", "serve", "--model", config.model, "--port", str(port), "--admin-port", str(admin)]
-    serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
-    serve += ["--max-wait-ms", str(BATCH_WAIT_MS)]
-    work = ["sim", "worker", "--server", server, "--suites", config.suite, "--slots", str(config.slots)]
-    work += ["--memory-gb", f"{placement.worker_gb:.2f}", *(["--coarse-practice"] if config.coarse_practice else [])]
-    parts = [("policy_server", serve, placement.server.environment)]
-    parts += [
-        (f"sim-{number}" if number else "sim", [*work, "--processes", str(count)], environment)
-        for number, (environment, count) in enumerate(placement.groups)
-    ]
-    children = [
-        Child(
-            name,
-            [sys.executable, "-m", *command],
-            config.out / f"{name}.log",
-            environment=environment,
-            on_loss=print,
-        )
-        for name, command, environment in parts
-    ]
-    with kept_alive(children) as check:
-        yield server, f"127.0.0.1:{admin}", check
-
-
-def catalogue(suite: str) -> dict:
-    """What the simulator says about a suite: tasks (id -> instruction), splits (name -> states), max_ticks."""
-    command = [sys.executable, "-m", "sim", "suites", "--json", "--suites", suite]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=CATALOGUE_S)
-    if answer.returncode:
-        raise ValueError(f"`python -m sim suites` knows no suite {suite!r}: {answer.stderr.strip().splitlines()[-1]}")
-    return json.loads(answer.stdout)[suite]
-
-
-def cells_of(listed: dict, tasks: Sequence[int], split: str, first: int = 0) -> list[Cell]:
-    """Every (task, initial state) of a split; with `first`, the first so many states of each task."""
-    ids = list(listed["tasks"])
-    if unknown := [task for task in tasks if task not in range(len(ids))]:
-        raise ValueError(f"tasks must be in 0..{len(ids) - 1}, got {unknown}")
-    if split not in listed["splits"]:
-        raise ValueError(f"split must be one of {sorted(listed['splits'])}, got {split!r}")
-    states = listed["splits"][split][: first or None]
-    return [(ids[task], state) for task in tasks or range(len(ids)) for state in states]
 
 
 class Run:
@@ -394,7 +346,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Greedy success on states that are never practised on, with its Wilson interval."""
-        name, started_s = f"evaluate-{self.learner.iteration}", self.seconds
+        name = f"evaluate-{self.learner.iteration}"
         rollouts = [
             self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
             for number, cell in enumerate(self.held_out)

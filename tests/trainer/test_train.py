@@ -11,8 +11,9 @@ import torch
 
 from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner import LearnerConfig
+from rl_trainer.suite import cells_of
 from rl_trainer.tally import total
-from rl_trainer.train import STATE, TrainConfig, _claim, cells_of, seed_of, train
+from rl_trainer.train import STATE, TrainConfig, _claim, seed_of, train
 from rl_trainer.train_state import TrainState
 
 LISTED = {
