@@ -44,6 +44,7 @@ STATISTICS = {
 }
 PROMPT_TOKENS = (18, 26)
 """shortest and longest"""
+Llama = LlamaForCausalLM | peft.PeftModel
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -148,7 +149,7 @@ class Plain(Side):
     features: context tokens of every decision; None computes them in every pass.
     """
 
-    def __init__(self, vla: VLA, llama: nn.Module, config: Config, *, features: Sequence[torch.Tensor] | None = None):
+    def __init__(self, vla: VLA, llama: Llama, config: Config, *, features: Sequence[torch.Tensor] | None = None):
         self.device, self.vla, self.llama, self.config, self.features = config.device, vla, llama, config, features
         width = vla.config.llm.hidden_size
         self.value = nn.Sequential(nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1)).to(config.device)
@@ -228,7 +229,7 @@ def build(config: Config) -> VLA:
         return VLA(openvla).to(config.device, torch.bfloat16).requires_grad_(False)
 
 
-def llama_like(vla: VLA, config: Config) -> nn.Module:
+def llama_like(vla: VLA, config: Config) -> Llama:
     """A LlamaForCausalLM that computes what the VLA's decoder does; with LoRA both hold the same frozen weights."""
     ours = vla.config.llm
     theirs = LlamaConfig(
@@ -242,7 +243,8 @@ def llama_like(vla: VLA, config: Config) -> nn.Module:
         tie_word_embeddings=False,
     )
     with torch.device(config.device):
-        llama = LlamaForCausalLM(theirs).to(vla.action_head.dtype)
+        llama = LlamaForCausalLM(theirs)
+    nn.Module.to(llama, vla.action_head.dtype)
     llama.load_state_dict(vla.language_model.state_dict(), assign=config.weights == "lora")
     if config.recompute:
         llama.gradient_checkpointing_enable({"use_reentrant": False})
