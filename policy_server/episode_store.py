@@ -106,14 +106,18 @@ class EpisodeStore:
         """The last sequence number that was given; 0 before the first."""
         return self._last
 
-    def open(self, start: episode_pb2.EpisodeStart) -> EpisodeWriter:
-        """Begins the file of an episode.  Raises Overloaded when the disk is full."""
+    def check_room(self) -> None:
+        """Raises Overloaded when the disk is full."""
         free = shutil.disk_usage(self._folder).free
         if free < self._reserve_bytes:
             raise Overloaded(
                 f"the episode store is full: {free >> 20} MiB free, at least {self._reserve_bytes >> 20} MiB needed",
                 retry_after_ms=FULL_DISK_RETRY_MS,
             )
+
+    def open(self, start: episode_pb2.EpisodeStart) -> EpisodeWriter:
+        """Begins the file of an episode.  Raises Overloaded when the disk is full."""
+        self.check_room()
         try:
             return EpisodeWriter(self._open / f"{start.episode_id}{SUFFIX}", start)
         except OSError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy_server.episode_store import EpisodeStore, Stored
-from policy_server.errors import BadRequest, OutOfOrder, Unavailable
+from policy_server.errors import BadRequest, OutOfOrder, Overloaded, Unavailable
 from policy_server.observation import check_temperature
 from policy_server.refusals import RETRY_SOON_MS, Door, refusing
 from policy_server.rollout_queue import Lease, RolloutQueue, run_of
@@ -69,7 +69,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         self, request: rollout_pb2.EnqueueRolloutsRequest, context: Any
     ) -> rollout_pb2.EnqueueRolloutsReply:
         self._door.check()
-        self._need_store()
+        self._need_store().check_room()
         for index, rollout in enumerate(request.rollouts):
             self._check(rollout, f"rollouts[{index}]")
         added = self._queue.enqueue(request.rollouts)
@@ -93,7 +93,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         self, request: rollout_pb2.LeaseRolloutRequest, context: Any
     ) -> rollout_pb2.LeaseRolloutReply:
         self._door.check()
-        self._need_store()
+        self._need_store().check_room()
         if not request.worker:
             raise BadRequest("must be the worker's name, got ''", field="worker")
         if not request.can_run:
@@ -177,6 +177,12 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
 
     def _hand_out(self) -> None:
         """Gives what waits in the queue to the calls that wait for it, first to workers that hold its task."""
+        if not self._waiting:
+            return
+        try:
+            self._need_store().check_room()
+        except Overloaded:  # an episode that could not be stored would be an attempt of its rollout
+            return
         for only_held in (True, False):
             for call in self._waiting:
                 if not call.lease.done() and (lease := self._lease(call.request, only_held=only_held)):

@@ -1,4 +1,4 @@
-"""Calls that outlive a server that is killed and comes back."""
+"""Calls that outlive a server that is killed and comes back, or that has no room on its disk for a while."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ T = TypeVar("T")
 
 
 class ServerGone(RuntimeError):
-    """The policy server could not be reached for as long as the run is patient."""
+    """The policy server was away, or its disk full, for as long as the run is patient."""
+
+
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+TROUBLE = {grpc.StatusCode.RESOURCE_EXHAUSTED: "has had no room"}
+"""What the server's silence is called, where it is not just away."""
 
 
 def patiently(
@@ -22,13 +27,13 @@ def patiently(
     *,
     address: str,
     patience_s: float,
-    passing: Collection[grpc.StatusCode] = (grpc.StatusCode.UNAVAILABLE,),
+    passing: Collection[grpc.StatusCode] = PASSING,
 ) -> T:
     """The call's answer, tried again while it fails in a way that passes.
 
     Raises ServerGone after patience_s of that, and ValueError for a refusal.
     """
-    give_up_at = time.monotonic() + patience_s
+    give_up_at, told = time.monotonic() + patience_s, False
     while True:
         try:
             return call()
@@ -37,5 +42,8 @@ def patiently(
         if code not in passing:
             raise ValueError(f"{address} refused ({code.name}): {details}")
         if time.monotonic() > give_up_at:
-            raise ServerGone(f"{address} has been away for {patience_s:.0f} s: {details}")
+            raise ServerGone(f"{address} {TROUBLE.get(code, 'has been away')} for {patience_s:.0f} s: {details}")
+        if code in TROUBLE and not told:
+            print(f"waiting for {address}: {details}", flush=True)
+            told = True
         time.sleep(RETRY_S)

@@ -15,14 +15,14 @@ import grpc
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
 from protos.channel import DEFAULT_DEADLINE_S, dial
 from protos.episode_file import Episode
-from rl_trainer.patience import patiently
+from rl_trainer.patience import PASSING, patiently
 
 POLL_S = 0.25
 """How soon a finished episode is noticed."""
 LOOK_S = 5.0
 """How often the queue is asked what became of the rest."""
 
-PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+REPEATABLE = (*PASSING, grpc.StatusCode.DEADLINE_EXCEEDED)
 """Every call of the queue may be repeated, so that a lost answer is asked for again."""
 
 T = TypeVar("T")
@@ -37,21 +37,31 @@ class Finished:
     """None: every attempt ended as an error"""
     errors: tuple[str, ...] = ()
 
+    @property
+    def success(self) -> bool:
+        return self.episode is not None and self.episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+
 
 class RolloutQueue:
     """The server's queue at HOST:PORT as one run sees it.
 
-    cursor: the sequence number of the last episode that was read; to be kept in the run's checkpoint.
+    cursor: everything up to that sequence number was given out; to be kept in the run's checkpoint.
     patience_s: how long the server may be away before ServerGone is raised.
     """
 
     def __init__(self, address: str, *, run: str, cursor: int = 0, patience_s: float = 300.0):
-        self.run, self.cursor = run, cursor
+        self.run, self._newest = run, cursor
         self.damaged: list[str] = []
         self._address, self._patience_s = address, patience_s
         self._channel = dial(address)
         self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
         self._outstanding: dict[str, rollout_pb2.Rollout] = {}
+        self._waiting: dict[str, tuple[int, Episode]] = {}
+        """by rollout: what was read before it was asked for; a life of the run that was killed asked, and will again"""
+
+    @property
+    def cursor(self) -> int:
+        return min((sequence - 1 for sequence, _ in self._waiting.values()), default=self._newest)
 
     @property
     def outstanding(self) -> int:
@@ -69,11 +79,11 @@ class RolloutQueue:
         while self._outstanding:
             check()
             newest, episodes = self._call(self._read)
-            for episode in episodes:
-                rollout = self._outstanding.pop(episode.start.rollout_id, None)
-                if rollout is not None:
-                    yield Finished(rollout=rollout, episode=episode)
-            self.cursor = newest
+            self._waiting |= {episode.start.rollout_id: (sequence, episode) for sequence, episode in episodes}
+            self._newest = newest
+            for rollout_id in [name for name in self._waiting if name in self._outstanding]:
+                _, episode = self._waiting.pop(rollout_id)
+                yield Finished(rollout=self._outstanding.pop(rollout_id), episode=episode)
             if not episodes and time.monotonic() - looked_s > LOOK_S:
                 yield from self._look()
                 looked_s = time.monotonic()
@@ -91,10 +101,10 @@ class RolloutQueue:
     def close(self) -> None:
         self._channel.close()
 
-    def _read(self) -> tuple[int, list[Episode]]:
-        """The newest sequence number, and the counted episodes from the cursor up to there."""
-        request = rollout_pb2.StreamEpisodesRequest(cursor=self.cursor, run=self.run)
-        newest, read, records = self.cursor, [], list[episode_pb2.EpisodeRecord]()
+    def _read(self) -> tuple[int, list[tuple[int, Episode]]]:
+        """The newest sequence number, and the counted episodes up to there that were not read yet, with theirs."""
+        request = rollout_pb2.StreamEpisodesRequest(cursor=self._newest, run=self.run)
+        newest, read, records = self._newest, [], list[episode_pb2.EpisodeRecord]()
         for part in self._stub.StreamEpisodes(request, timeout=self._patience_s):
             newest = part.sequence
             if part.damaged:
@@ -105,12 +115,15 @@ class RolloutQueue:
             if part.record.HasField("end"):
                 episode = Episode.of(records, f"episode {part.sequence} of the server")
                 if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
-                    read.append(episode)
+                    read.append((part.sequence, episode))
                 records = []
         return newest, read
 
     def _look(self) -> Iterator[Finished]:
-        """Gives what the server has set aside, and asks again for what a restarted server has forgotten."""
+        """Gives what the server has set aside, and asks again for the rest.
+
+        A server that was restarted has forgotten it; one whose disk is full says so, and the run with it.
+        """
         status = self._call(
             lambda: self._stub.GetQueue(rollout_pb2.GetQueueRequest(run=self.run), timeout=DEFAULT_DEADLINE_S)
         )
@@ -118,7 +131,7 @@ class RolloutQueue:
             rollout = self._outstanding.pop(aside.rollout.rollout_id, None)
             if rollout is not None:
                 yield Finished(rollout=rollout, episode=None, errors=tuple(aside.errors))
-        if status.waiting + status.leased < self.outstanding:
+        if self._outstanding:
             self._call(lambda: self._enqueue(list(self._outstanding.values())))
 
     def _enqueue(self, rollouts: Sequence[rollout_pb2.Rollout]) -> None:
@@ -126,4 +139,4 @@ class RolloutQueue:
         self._stub.EnqueueRollouts(request, timeout=DEFAULT_DEADLINE_S)
 
     def _call(self, call: Callable[[], T]) -> T:
-        return patiently(call, address=self._address, patience_s=self._patience_s, passing=PASSING)
+        return patiently(call, address=self._address, patience_s=self._patience_s, passing=REPEATABLE)

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ def _environment(env: Mapping[str, str]) -> Iterator[None]:
 def _serve(pipe: Connection, make_runner: Callable[[], Runner]) -> None:
     """A worker's life: ask for a job, run its group, ask again; ends when the parent says so or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_die_with_parent, name="parent", daemon=True).start()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     line = _Line(pipe)
@@ -315,6 +317,14 @@ def _serve(pipe: Connection, make_runner: Callable[[], Runner]) -> None:
     except BaseException as error:
         line.say("raised", f"{type(error).__name__}: {error}")
         raise
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is gone, however it went and whatever is waited for here."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Line:

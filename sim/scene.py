@@ -60,7 +60,8 @@ class Scene:
     def __init__(self, task: Task, *, fast: bool = True) -> None:
         self.task = task
         self.occupant: Occupant | None = None
-        with numpy_generator(np.random.get_state()):  # the constructor draws a placement that nobody sees
+        # The constructor draws a placement that nobody sees, and the size of robosuite's cube.
+        with numpy_generator(np.random.RandomState(PROTOCOL_SEED).get_state()):
             self.env = _build_env(task)
         free_build_memory()
         self.model: mujoco.MjModel = self.env.sim.model._model

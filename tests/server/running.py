@@ -18,7 +18,14 @@ from policy_server.episode_store import EpisodeStore
 from policy_server.server import PolicyServer
 from protos import policy_pb2_grpc, rollout_pb2_grpc
 
-DEFAULTS: dict[str, Any] = {"port": 0, "max_batch": 4, "max_wait_ms": 5.0, "queue": 8, "episode_idle_s": 600.0}
+DEFAULTS: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "port": 0,
+    "max_batch": 4,
+    "max_wait_ms": 5.0,
+    "queue": 8,
+    "episode_idle_s": 600.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,7 @@ def serving(
     model: Any, *, episodes: Path | None = None, store: EpisodeStore | None = None, warm: bool = True, **options: Any
 ) -> Iterator[RunningServer]:
     """Serves the model on a free port until the block ends.  With warm=False it stays NOT_SERVING."""
+    options = DEFAULTS | options
     if episodes is not None:
         store = EpisodeStore(episodes)
     loop = asyncio.new_event_loop()
@@ -62,14 +70,14 @@ def serving(
     thread.start()
 
     async def build() -> tuple[PolicyServer, int]:
-        server = PolicyServer(model, host="127.0.0.1", store=store, **{**DEFAULTS, **options})
+        server = PolicyServer(model, store=store, **options)
         port = await server.start()
         if warm:
             await server.warm_up()
         return server, port
 
     server, port = asyncio.run_coroutine_threadsafe(build(), loop).result(60)
-    address = f"127.0.0.1:{port}"
+    address = f"{options['host']}:{port}"
     channel = grpc.insecure_channel(address)
     running = RunningServer(address=address, channel=channel, server=server, loop=loop, model=model)
     try:

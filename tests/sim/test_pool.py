@@ -6,11 +6,14 @@ import functools
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sim.job_queue import Finished, Job
@@ -182,3 +185,28 @@ def test_the_environment_reaches_the_children_only(tmp_path):
 
 def _answer_environment() -> Runner:
     return lambda jobs, progress: (Answer(key=job.key, value=os.environ.get("VLA_RL_TEST")) for job in jobs)
+
+
+ORPHANED = """
+import functools, sys, time
+from pathlib import Path
+from sim.pool import Pool
+from tests.sim.test_pool import make_runner, plan
+with Pool(functools.partial(make_runner, Path(sys.argv[1])), processes=2) as pool:
+    print(*pool.pids, flush=True)
+    list(pool.run(plan({number: ("hang", 1) for number in range(9)})))
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed_whatever_they_wait_for(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    give_up_at = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < give_up_at:
+        time.sleep(0.05)  # until both hang in a job
+    assert len(workers) == 2 and all(worker.is_running() for worker in workers)
+    parent.kill()
+    parent.wait(10)
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert not left

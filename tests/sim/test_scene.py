@@ -22,6 +22,15 @@ def lift() -> Scene:
     return Scene(find_task("robosuite/0"))
 
 
+def test_what_is_built_is_the_tasks_whatever_has_been_drawn_before(lift: Scene) -> None:
+    np.random.seed(1)
+    drawn = np.random.get_state()[1].copy()
+    other = Scene(lift.task)
+    for name in ("geom_size", "body_mass", "body_inertia", "body_pos", "mesh_vert"):
+        assert np.array_equal(getattr(lift.model, name), getattr(other.model, name)), name
+    assert np.array_equal(np.random.get_state()[1], drawn)
+
+
 def stock_proprio(observation: dict[str, np.ndarray]) -> np.ndarray:
     from robosuite.utils.transform_utils import quat2axisangle
 

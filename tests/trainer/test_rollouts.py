@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from policy_server.episode_store import EpisodeStore
@@ -42,12 +43,19 @@ def work(server: RunningServer, *, outcome: episode_pb2.Outcome = episode_pb2.OU
 
 
 @contextmanager
-def worker(server: RunningServer, **how) -> Iterator[None]:
+def worker(server: RunningServer, *, refused: grpc.StatusCode | None = None, **how) -> Iterator[None]:
+    """Works until the block ends; a refusal of that code is waited out."""
     over = threading.Event()
 
     def go() -> None:
         while not over.is_set():
-            if not work(server, **how):
+            try:
+                worked = work(server, **how)
+            except grpc.RpcError as error:
+                if error.code() != refused:
+                    raise
+                worked = ""
+            if not worked:
                 time.sleep(0.01)
 
     thread = threading.Thread(target=go)
@@ -72,6 +80,22 @@ def test_every_rollout_comes_in_once_and_the_cursor_says_where_to_go_on(tmp_path
         again = RolloutQueue(server.address, run="run", cursor=3)
         again.enqueue([rollout(4)])  # done already: it is read, not run again
         assert [item.rollout.rollout_id for item in again.finished()] == ["run/0/4"]
+
+
+def test_what_a_killed_life_of_the_run_had_asked_for_is_kept_until_it_is_asked_for_again(tmp_path: Path) -> None:
+    """A checkpoint, two batches asked for and run, a kill; twice the same."""
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        batches = [[rollout(0), rollout(1)], [rollout(2), rollout(3)]]
+        RolloutQueue(server.address, run="run").enqueue([*batches[0], *batches[1]])
+        assert [work(server) for _ in range(4)] == [f"run/0/{number}" for number in range(4)]
+        resumed = RolloutQueue(server.address, run="run")
+        for batch, taken_in in zip(batches, (2, 4), strict=True):
+            resumed.enqueue(batch)
+            assert [item.rollout for item in resumed.finished()] == batch
+            assert resumed.cursor == taken_in
+        again = RolloutQueue(server.address, run="run", cursor=2)
+        again.enqueue(batches[1])
+        assert [item.rollout for item in again.finished()] == batches[1] and again.cursor == 4
 
 
 def test_another_runs_episodes_are_not_taken_in(tmp_path: Path) -> None:
