@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from policy_server.vla.checkpoint import weights_fingerprint
 from policy_server.vla.config import VLAConfig
-from policy_server.vla.decoding import DecodeInput
+from policy_server.vla.decoding import DecodeInput, decode
 from policy_server.vla.derived import as_served
 from policy_server.vla.model import VLA
 from policy_server.vla.policy import Policy
@@ -37,10 +37,12 @@ from rl_trainer.train import TrainConfig, follow, make_learner
 from rl_trainer.trajectories import Trajectory
 
 CHILD_S = 1200.0
-TASKS_EACH = 2
-"""Scenes that each timing process builds."""
+SCENES = 3
+"""Tasks of the suite that are timed."""
 MINIBATCHES = 2
 """Of one update that is timed."""
+UPDATES = 4
+"""Of either kind: the first makes buffers, the median of the others counts."""
 PASSES = 4
 """Of the server's model at each batch."""
 PROBES = 8
@@ -66,7 +68,7 @@ class SceneCosts:
 def time_scenes(config: TrainConfig, model: VLAConfig, placement: Placement, tasks: Sequence[int]) -> SceneCosts:
     """Of some of the tasks, in processes of their own.  Raises ValueError with the simulator's last words."""
     at_once = min(len(placement.workers), os.cpu_count() or 1)
-    chosen = sorted({tasks[n] for n in np.linspace(0, len(tasks) - 1, TASKS_EACH * at_once).round().astype(int)})
+    chosen = sorted({tasks[n] for n in np.linspace(0, len(tasks) - 1, SCENES).round().astype(int)})
     command = [sys.executable, "-m", "sim", "timing", "--suite", config.suite, "--processes", str(at_once)]
     command += ["--tasks", *map(str, chosen), "--camera", model.camera, "--size-px", str(model.sent_size)]
     command += [] if config.coarse_practice else ["--no-coarse"]
@@ -111,9 +113,9 @@ class Learning:
 
 
 def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
-    """Two updates of the critic alone and two whole ones, of which the second counts: the first makes buffers."""
+    """Updates of the critic alone, where there is one, then whole ones; none stops early."""
     gae = config.learner.advantage == "gae"
-    learner_config = replace(config.learner, warm_up=2 * gae, target_kl=0.0)
+    learner_config = replace(config.learner, warm_up=UPDATES * gae, target_kl=0.0)
     config = replace(config, learner=learner_config, resume=False)
     with launched(config.ranks, follow, config) as ranks:
         began_s = time.perf_counter()
@@ -122,21 +124,23 @@ def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
         count = MINIBATCHES * config.learner.minibatch
         prepare = _Preparing(checkpoint.config, checkpoint.tokenizer, instructions)
         prepare_s, observations = prepare(count)
-        trajectories = random_trajectories(checkpoint.config, observations, per_trajectory=config.learner.minibatch)
+        trajectories = sampled_trajectories(
+            learner.model, observations, temperature=config.temperature, per_trajectory=config.learner.minibatch
+        )
         rewards = [trajectory.rewards_T for trajectory in trajectories]
 
         def update() -> None:
             ranks.share((trajectories, rewards))
             learner.update(trajectories, rewards)
 
-        seconds = [_wall_s(update) for _ in range(4 if gae else 2)]
+        seconds = [_wall_s(update) for _ in range((1 + gae) * UPDATES)]
         ranks.share(None)
         publish_s = _publishing_s(learner.model, config.dtype, observations[:PROBES])
     return Learning(
         observations=observations,
         prepare_s=prepare_s,
-        warm_decision_s=seconds[1] / count,
-        decision_s=seconds[-1] / count,
+        warm_decision_s=float(np.median(seconds[1:UPDATES])) / count,
+        decision_s=float(np.median(seconds[1 - UPDATES :])) / count,
         publish_s=publish_s,
         load_s=load_s,
     )
@@ -186,15 +190,19 @@ class _Preparing:
         return _spent_s(prepare, time.process_time) / count, prepared
 
 
-def random_trajectories(
-    config: VLAConfig, observations: Sequence[Prepared], *, per_trajectory: int
+def sampled_trajectories(
+    model: VLA, observations: Sequence[Prepared], *, temperature: float, per_trajectory: int
 ) -> list[Trajectory]:
-    """Whole chunks of random tokens, of one task, so that any two may be compared; every other one a success."""
-    draw = np.random.default_rng(0)
+    """What the policy does about the observations, of one task, so that any two may be compared; half are successes.
+
+    Sampled as on a server: ratios begin at 1.  Tokens that the policy never takes would have ratios, and gradients,
+    among the denormal numbers, which a CPU is slow at.
+    """
     parts = [observations[first : first + per_trajectory] for first in range(0, len(observations), per_trajectory)]
     trajectories = []
     for number, part in enumerate(parts):
-        shape = (len(part), config.action_tokens)
+        inputs = [DecodeInput(prepared=one, temperature=temperature, seed=seed) for seed, one in enumerate(part)]
+        decoded = decode(model, inputs)
         rewards_T = np.zeros(len(part))
         rewards_T[-1] = success = number % 2
         trajectories.append(
@@ -206,12 +214,12 @@ def random_trajectories(
                 whole=True,
                 observations=tuple(part),
                 after=None,
-                token_ids_TN=draw.integers(config.action_begin, config.vocabulary, shape),
-                logprobs_TN=np.full(shape, -np.log(config.n_action_bins), np.float32),
-                mask_TN=np.ones(shape, bool),
-                temperature_T=np.ones(len(part), np.float32),
+                token_ids_TN=decoded.token_ids_BN.astype(np.int64),
+                logprobs_TN=decoded.token_logprobs_BN,
+                mask_TN=np.ones(decoded.token_ids_BN.shape, bool),
+                temperature_T=np.full(len(part), temperature, np.float32),
                 version_T=np.zeros(len(part), np.int64),
-                ticks_T=np.full(len(part), config.chunk_length),
+                ticks_T=np.full(len(part), model.config.chunk_length),
                 rewards_T=rewards_T,
             )
         )

@@ -195,11 +195,18 @@ def minutes(config: PlanConfig, schedule: Schedule, prices: Prices, host: Host) 
         " (--episode-share); no early stop; the machine stays as busy as it is, which gives a process"
         f" {100 / max(1.0, prices.slowdown):.0f} % of a core"
     )
+    yield (
+        f"prices, ms: tick {1e3 * prices.tick_s:.2f}, frame {1e3 * prices.practice_frame_s:.1f} in practice and"
+        f" {1e3 * prices.evaluation_frame_s:.1f} in evaluations, reset {1e3 * prices.reset_s:.0f}; server"
+        f" {1e3 * prices.pass_s:.1f} a pass and {1e3 * prices.request_s:.1f} a request; learner"
+        f" {1e3 * prices.decision_s:.1f} a decision"
+    )
     if config.reward_model:
         yield "left out: the reward model's own time and memory"
     yield f"an iteration: {schedule.rollouts} episodes, {schedule.decisions} decisions"
     for name, seconds in rows_of(found):
-        yield f"  {name:<24} {seconds / 60:8.2f} min"
+        if name != "evaluate" or schedule.evaluations:
+            yield f"  {name:<24} {seconds / 60:8.2f} min"
     seconds = iteration_s(found, schedule, host, warm=False, learner_cores=learner_cores)
     yield f"  {'iteration' + ', overlapped' * config.overlap:<24} {seconds / 60:8.2f} min"
     total_s = run_s(found, schedule, host, learner_cores=learner_cores)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from protos import policy_pb2
 from sim.__main__ import main
 from tests.server.running import serving
@@ -43,4 +45,6 @@ def test_scenes_are_timed_for_whoever_plans_a_run(capsys):
     }  # fmt: skip
     assert all(value > 0 for value in found.values())
     assert found["tick_s"] < found["reset_s"] < found["build_s"]  # a reset settles for ten ticks
-    assert main(["timing", "--suite", "robosuite", "--tasks", "7"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["timing", "--suite", "robosuite", "--tasks", "7"])
+    assert "must be in 0..2, got [7]" in capsys.readouterr().err

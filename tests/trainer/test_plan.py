@@ -7,13 +7,16 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from policy_server.vla.checkpoint import load_config
+from policy_server.vla.checkpoint import load_checkpoint, load_config
+from policy_server.vla.preprocessing import Preprocessor
 from rl_trainer.__main__ import main
-from rl_trainer.calibration import SceneCosts, measure_prices
+from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
+from rl_trainer.critic import Critic
 from rl_trainer.devices import find_machine
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
 from rl_trainer.train import differences
 from tests.trainer.test_costs import HOST, PRICES, SCHEDULE
@@ -87,10 +90,22 @@ def test_prices_come_from_updates_passes_and_publishes_that_really_ran(
     assert prices.pass_s + prices.request_s > 0
 
 
+def test_sampled_trajectories_are_what_the_policy_would_do(tiny_vla: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_vla)
+    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer)
+    image = np.zeros((32, 32, 3), np.uint8)
+    observations = [preprocessor.prepare(image, "stack", np.full(8, 0.1 * n, np.float32)) for n in range(6)]
+    trajectories = sampled_trajectories(checkpoint.model, observations, temperature=0.5, per_trajectory=4)
+    assert [(len(one), one.success, one.rewards_T.sum()) for one in trajectories] == [(4, False, 0), (2, True, 1)]
+    learner = Learner(checkpoint.model, Critic(32), LearnerConfig(warm_up=0, minibatch=8, epochs=1))
+    assert learner.update(trajectories, version=0)["logprob_gap"] < 1e-4
+
+
 def test_the_assumptions_are_printed_before_the_prediction(tmp_path: Path) -> None:
     lines = list(minutes(config_of(tmp_path, minutes=0.5), SCHEDULE, PRICES, HOST))
     assert "80 ticks, 0.7 of the limit" in lines[0] and "100 % of a core" in lines[0]
-    assert lines[1] == "an iteration: 10 episodes, 100 decisions"
+    assert "tick 5.00, frame 60.0 in practice and 160.0 in evaluations" in lines[1]
+    assert lines[2] == "an iteration: 10 episodes, 100 decisions"
     assert "5 iterations and 3 evaluations of 10 episodes take" in lines[-2]
     assert lines[-1].startswith("it stops after 0.5 min")
 
