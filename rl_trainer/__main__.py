@@ -1,5 +1,5 @@
-"""`python -m rl_trainer train | sft | reward-model | doctor`: improve a policy online, clone behaviour, learn a reward,
-find what would stop a run.
+"""`python -m rl_trainer train | sft | reward-model | plan | doctor`: improve a policy online, clone behaviour, learn a
+reward, predict what a run takes, find what would stop it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from policy_server.vla.checkpoint import CheckpointError
 from rl_trainer.doctor import DoctorConfig, doctor
 from rl_trainer.launch import ChildFailed
 from rl_trainer.patience import ServerGone
+from rl_trainer.plan import PlanConfig, plan
 from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
 from rl_trainer.sft import SftConfig, sft
 from rl_trainer.train import TrainConfig, train
 
-COMMANDS = {TrainConfig: train, SftConfig: sft, RewardModelConfig: train_reward_model, DoctorConfig: doctor}
+COMMANDS = {
+    TrainConfig: train,
+    SftConfig: sft,
+    RewardModelConfig: train_reward_model,
+    PlanConfig: plan,
+    DoctorConfig: doctor,
+}
 FAILED = 1
 """A run that was going and cannot go on."""
 
@@ -26,7 +33,13 @@ FAILED = 1
 def main() -> int:
     """Parses the command line and runs the command; 2 for what the user can put right."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainConfig, "sft": SftConfig, "reward-model": RewardModelConfig, "doctor": DoctorConfig},
+        {
+            "train": TrainConfig,
+            "sft": SftConfig,
+            "reward-model": RewardModelConfig,
+            "plan": PlanConfig,
+            "doctor": DoctorConfig,
+        },
         prog="python -m rl_trainer",
         description=__doc__,
     )

@@ -34,11 +34,12 @@ class AnsweringModel:
         """What is trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def loss(self, observations: Sequence[Prepared], positive_B: np.ndarray) -> torch.Tensor:
-        """Mean cross-entropy of the right answers."""
+    def loss(self, observations: Sequence[Prepared], target_B: np.ndarray) -> torch.Tensor:
+        """Mean cross-entropy with answers of which a part target_B should be "1"."""
         self.model.train()
         logits_B2 = self._logits(observations)
-        return functional.cross_entropy(logits_B2, torch.from_numpy(positive_B).long().to(logits_B2.device))
+        target_B2 = torch.from_numpy(np.stack([1 - target_B, target_B], 1)).to(logits_B2)
+        return functional.cross_entropy(logits_B2, target_B2)
 
     @torch.no_grad()
     def predict(self, observations: Sequence[Prepared]) -> np.ndarray:

@@ -20,7 +20,7 @@ from policy_server.vla.decoding import DecodeInput, decode
 from policy_server.vla.model import VLA, Prompts, collate
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.tokenizer import Tokenizer
-from rl_trainer.augment import Augmentation, Draw, augment_images, augment_state, draw
+from rl_trainer.augment import Augmentation, Draw, augment_images, augment_state, augment_tokens, draw
 from rl_trainer.imitation import Objective
 from rl_trainer.ranks import Ranks
 from rl_trainer.samples import Samples
@@ -88,7 +88,8 @@ class Cloner:
         """
         self.model.train()
         rows = self.order(step)
-        drawn = draw(self.augmentation, len(rows), self._state_nS.shape[1], seed=self.seed, step=step)
+        sizes = len(rows), self._state_nS.shape[1], self.model.config.action_tokens
+        drawn = draw(self.augmentation, *sizes, seed=self.seed, step=step)
         mine = self.ranks.part(len(rows))
         torch.manual_seed(self.seed * 1_000_003 + step * self.ranks.size + self.ranks.rank)  # dropout
         total = 0.0
@@ -97,7 +98,7 @@ class Cloner:
                 cut = slice(int(part[0]), int(part[-1]) + 1)
                 prompts = self._augmented(self._collate(rows[cut]), drawn.part(cut))
                 with self._arithmetic():
-                    loss = self._loss(prompts, rows[cut]) * (len(part) / len(rows))
+                    loss = self._loss(prompts, rows[cut], drawn.part(cut)) * (len(part) / len(rows))
                 loss.backward()
                 total += float(loss.detach())
         return total
@@ -135,10 +136,11 @@ class Cloner:
             | {f"l1/{i}": value for i, value in enumerate(distance)}
         )
 
-    def _loss(self, prompts: Prompts, rows: np.ndarray) -> torch.Tensor:
-        labels_BN = self._labels_nN[rows].to(self.device)
-        logits_BNV = self.model(prompts.to(self.device), labels_BN).logits_BNV
-        return self.objective(logits_BNV, labels_BN - self.model.config.action_begin)
+    def _loss(self, prompts: Prompts, rows: np.ndarray, drawn: Draw) -> torch.Tensor:
+        config, columns_BN = self.model.config, self._labels_nN[rows] - self.model.config.action_begin
+        read_BN = augment_tokens(columns_BN, config.n_action_bins, self.augmentation.token_noise, drawn)
+        logits_BNV = self.model(prompts.to(self.device), (read_BN + config.action_begin).to(self.device)).logits_BNV
+        return self.objective(logits_BNV, columns_BN.to(self.device))
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -1,23 +1,39 @@
 """The critic: a small head on the hidden state of the last prompt token, which has seen all but the actions.
 
+Whose hidden state:
+  shared    the policy's: one pass serves both
+  lora      the policy's base, read through an adapter of the critic's own; the policy's adapter is not in it
+  separate  a copy of the policy as it began, which trains what the policy trains: the paper's homogeneous value model
+
 Shapes: B batch, D width of the backbone.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
 
+from policy_server.vla.lora import apply_lora
+from policy_server.vla.model import VLA, Prompts
+
+CriticKind = Literal["shared", "lora", "separate"]
 PREFIX = "critic."
 
 
 class Critic(nn.Module):
-    """D -> hidden -> 1 in float32.  A fresh critic values every state at 0; the same for the same seed."""
+    """D -> hidden -> 1 in float32.  A fresh critic values every state at 0; the same for the same seed.
 
-    def __init__(self, width: int, *, hidden: int = 256, seed: int = 0):
+    backbone: the critic's own; None reads the policy's.
+    """
+
+    def __init__(self, width: int, *, hidden: int = 256, seed: int = 0, backbone: VLA | None = None):
         super().__init__()
+        self.backbone = backbone
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.hidden, self.value = nn.Linear(width, hidden), nn.Linear(hidden, 1)
@@ -32,17 +48,52 @@ class Critic(nn.Module):
         x_BD = (hidden_BD.detach() if detach else hidden_BD).float()
         return self.value(nn.functional.silu(self.hidden(x_BD)))[:, 0]
 
+    def read(self, prompts: Prompts) -> torch.Tensor:
+        """float32 (B,), by a pass of the critic's own backbone."""
+        assert self.backbone is not None, "a critic that shares the policy's backbone reads its hidden states"
+        known = prompts.image_tokens_BCD
+        if known is not None:  # they are the policy's, and a constant for the critic
+            prompts = replace(prompts, image_tokens_BCD=known.detach() if self.backbone.vision_is_frozen else None)
+        return self(self.backbone.read(prompts))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What its optimiser moves, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Copies of the weights under names of their own, for a safetensors file shared with others."""
-        return {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+        return {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in self.trained().items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes what tensors() gave, from among others.  Raises ValueError when it is of another critic."""
         mine = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        expected, got = _shapes(self.state_dict()), _shapes(mine)
+        expected, got = _shapes(self.trained()), _shapes(mine)
         if got != expected:
             raise ValueError(f"the critic's tensors must be {expected}, got {got}")
-        self.load_state_dict(mine)
+        self.load_state_dict(mine, strict=False)
+
+
+def critic_of(model: VLA, kind: CriticKind, *, rank: int, seed: int = 0) -> Critic:
+    """A fresh critic of a policy, on its device.
+
+    rank: of the adapter through which `lora` reads.  It reads the policy's tensors where they lie now: what moves them
+    must do so in place.
+    """
+    backbone = None
+    if kind == "lora":
+        backbone = _over_the_same_tensors(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            apply_lora(backbone, rank=rank, alpha=rank, vision=False)
+    elif kind == "separate":
+        backbone = copy.deepcopy(model)
+    return Critic(model.config.llm.hidden_size, seed=seed, backbone=backbone).to(model.device)
+
+
+def _over_the_same_tensors(model: VLA) -> VLA:
+    """The model again, in no further memory; it cannot train what it shares."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -71,7 +71,8 @@ class Curriculum:
         weight, of_task = self._config.prior_weight, defaultdict[str, list[int]](list)
         for (task, _), past in self._outcomes.items():
             of_task[task] += past
-        rate = {task: (self._config.prior * weight + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()}
+        prior = self._config.prior * weight
+        rate = {task: (prior + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()}
         return np.array(
             [(rate[task] * weight + sum(past)) / (weight + len(past)) for (task, _), past in self._outcomes.items()]
         )
@@ -82,6 +83,14 @@ class Curriculum:
         exponents, floor = self._exponents() / self._config.tau, self._config.floor
         weights = np.exp(exponents - exponents.max())
         return (1 - floor) * weights / weights.sum() + floor / len(weights)
+
+    @property
+    def task_probabilities(self) -> dict[str, float]:
+        """Task id -> the sum of its cells' probabilities."""
+        of_task = defaultdict[str, float](float)
+        for (task, _), probability in zip(self.cells, self.probabilities, strict=True):
+            of_task[task] += float(probability)
+        return dict(of_task)
 
     def sample(self, count: int, *, group: int = 1) -> list[Cell]:
         """`count` cells, each `group` times in a row; groups of a method that compares episodes are of one cell."""

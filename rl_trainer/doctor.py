@@ -211,13 +211,18 @@ def check_disk(patient: Patient) -> Iterator[Finding]:
     numbers = sum(tensor.numel() for tensor in patient.checkpoint.model.state_dict().values())
     episodes = 0 if config.server else config.episodes
     need_gb = (numbers * 4 * WEIGHT_COPIES + episodes * episode_bytes(patient.model)) / 2**30
-    there = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.is_dir())
-    free_gb = shutil.disk_usage(there).free / 2**30 if config.free_gb is None else config.free_gb
+    free_gb = disk_free_gb(config.out) if config.free_gb is None else config.free_gb
     verdict = "FAIL" if free_gb < need_gb else "warn" if free_gb < ROOM * need_gb else "ok"
     text = f"{free_gb:.1f} GiB free for --out, at most {need_gb:.1f} needed for weights and {episodes} episodes"
     if verdict != "ok":
         text += "; make room, take another --out or fewer episodes"
     yield Finding(check="disk", verdict=verdict, text=text)
+
+
+def disk_free_gb(folder: Path) -> float:
+    """GiB of the disk that the folder is on, or would be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free / 2**30
 
 
 def episode_bytes(model: VLAConfig) -> int:

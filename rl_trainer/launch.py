@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from rl_trainer.placement import Placement
 
 WATCH_S = 0.5
 CALM_S = 60.0
 """A child that ran for so long was well: its earlier deaths are forgotten."""
 DEATHS = 10
 """How often a child may die, with no calm between, before it is left alone."""
+BATCH_WAIT_MS = 100
+"""Of a server of the run's own: workers have other episodes to move meanwhile, and a shared pass is a cheap one."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Child:
-    """One command that is started again when it ends, with its output in a log file."""
+    """One command that is started again when it ends, with its output in a log file.
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, *, on_loss: Callable[[str], None]):
+    environment: what it is told over this process's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        on_loss: Callable[[str], None],
+    ):
         self.name, self._command, self._log, self._on_loss = name, list(command), log, on_loss
+        self._environment = {**os.environ, **(environment or {})}
         self._deaths = 0
         self._start()
 
@@ -59,6 +76,7 @@ class Child:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
+                env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -110,3 +128,38 @@ def kept_alive(children: Sequence[Child]) -> Iterator[Callable[[], None]]:
         watcher.join()
         for child in reversed(children):
             child.stop()
+
+
+@contextmanager
+def started_here(
+    placement: Placement,
+    out: Path,
+    *,
+    model: str,
+    suite: str,
+    slots: int,
+    coarse_practice: bool,
+    deterministic: bool,
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """A policy server and simulator workers as the placement has them, with logs and episodes in `out`.
+
+    Gives the server's address, its admin service's, and kept_alive()'s check.
+    """
+    port, admin = free_port(), free_port()
+    server = f"127.0.0.1:{port}"
+    serve = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
+    serve += ["--episodes", str(out / "episodes"), "--max-wait-ms", str(BATCH_WAIT_MS)]
+    serve += ["--deterministic"] if deterministic else []
+    work = ["sim", "worker", "--server", server, "--suites", suite, "--slots", str(slots)]
+    work += ["--memory-gb", f"{placement.worker_gb:.2f}", *(["--coarse-practice"] if coarse_practice else [])]
+    parts = [("policy_server", serve, placement.server.environment)]
+    parts += [
+        (f"sim-{number}" if number else "sim", [*work, "--processes", str(count)], environment)
+        for number, (environment, count) in enumerate(placement.groups)
+    ]
+    children = [
+        Child(name, [sys.executable, "-m", *command], out / f"{name}.log", environment=environment, on_loss=print)
+        for name, command, environment in parts
+    ]
+    with kept_alive(children) as check:
+        yield server, f"127.0.0.1:{admin}", check

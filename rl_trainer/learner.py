@@ -1,8 +1,8 @@
 """One iteration of learning: values, advantages, then epochs of clipped updates over what the policy did.
 
-One backbone pass serves policy and critic.  Everything random is a function of (seed, iteration, epoch), so that ranks
-and resumed runs agree without saving a generator; every rank calls update() with the same trajectories, computes its
-part, and ends with the same weights.
+One backbone pass serves policy and critic where they share it.  Everything random is a function of (seed, iteration,
+epoch), so that ranks and resumed runs agree without saving a generator; every rank calls update() with the same
+trajectories, computes its part, and ends with the same weights.
 
 Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = K*A action tokens.
 """
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from policy_server.vla.model import VLA, Scores, collate
-from policy_server.vla.preprocessing import Prepared
+from policy_server.vla.model import VLA, Prompts
 from rl_trainer.advantage import gae, group_relative, leave_one_out, normalised
-from rl_trainer.batching import Batch, minibatches
-from rl_trainer.critic import Critic
+from rl_trainer.batching import Batch, Prompter, minibatches
+from rl_trainer.critic import CriticKind, critic_of
 from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.ranks import Ranks
@@ -44,9 +43,13 @@ class LearnerConfig:
     lambda_: float = 0.95
     """of GAE, a decision"""
     learning_rate: float = 2e-5
+    critic: CriticKind = "shared"
+    """shared reads the policy's hidden state, lora its base through an adapter of the critic's own, separate a copy"""
+    critic_rank: int = 16
+    """of lora's adapter"""
     critic_learning_rate: float = 3e-4
     critic_gradient: bool = False
-    """the value loss also shapes the backbone"""
+    """the value loss also shapes the backbone that is shared"""
     critic_weight: float = 0.5
     """of the value loss beside the policy's"""
     warm_up: int = 2
@@ -56,6 +59,10 @@ class LearnerConfig:
     """decisions of one optimiser step, over all ranks"""
     microbatch: int = 32
     """decisions of one pass with gradients, to save memory; does not change the update"""
+    recompute: bool = False
+    """drop activations and compute them again for the gradient: a third more time, a fraction of the memory"""
+    keep_images: bool = True
+    """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
     target_kl: float = 0.05
     """no further step in this iteration once a minibatch's divergence from the behaviour policy exceeds it; 0: never"""
     clip_norm: float = 1.0
@@ -67,7 +74,12 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1 or not 0 <= self.lambda_ <= 1:
             raise ValueError(f"gamma must be in (0, 1] and lambda_ in [0, 1], got {self.gamma} and {self.lambda_}")
-        for name in ("epochs", "minibatch", "microbatch"):
+        if self.critic != "shared" and (self.critic_gradient or self.advantage != "gae"):
+            raise ValueError(
+                f"critic must be shared with critic_gradient, and where no critic learns, got {self.critic!r} with"
+                f" critic_gradient {self.critic_gradient} and advantage {self.advantage!r}"
+            )
+        for name in ("epochs", "minibatch", "microbatch", "critic_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("learning_rate", "critic_learning_rate", "warm_up", "target_kl", "critic_weight"):
@@ -76,19 +88,37 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opinion:
+    """What a policy makes of some decisions."""
+
+    logprobs_BN: torch.Tensor
+    entropy_BN: torch.Tensor
+    hidden_BD: torch.Tensor
+    """float32: where a critic that shares the backbone reads"""
+
+    def of(self, rows: np.ndarray | slice, device: torch.device | str) -> Opinion:
+        """Some of the decisions."""
+        tensors = (self.logprobs_BN, self.entropy_BN, self.hidden_BD)
+        logprobs, entropy, hidden = (tensor[rows].to(device) for tensor in tensors)
+        return Opinion(logprobs_BN=logprobs, entropy_BN=entropy, hidden_BD=hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Looked:
     """What the learner thinks of a batch before it learns from it."""
 
+    prompts: Prompter
+    """of the batch's rows"""
     values_n: np.ndarray
     after_E: np.ndarray
     """value of what each trajectory was cut before; 0 where its task ended"""
-    logprobs_nN: torch.Tensor
+    policy: Opinion
     reference_nN: torch.Tensor | None
     """log-probabilities under the reference policy"""
 
 
 class Learner:
-    """Owns the weights that are trained: the model's parameters that require gradients, and the critic's.
+    """Owns the weights that are trained: the model's parameters that require gradients, and those of a fresh critic.
 
     reference: the policy that loss.reference_weight holds on to, never trained.
     """
@@ -96,7 +126,6 @@ class Learner:
     def __init__(
         self,
         model: VLA,
-        critic: Critic,
         config: LearnerConfig,
         *,
         reference: VLA | None = None,
@@ -105,13 +134,16 @@ class Learner:
     ):
         if config.loss.reference_weight and reference is None:
             raise ValueError(f"reference_weight {config.loss.reference_weight} needs a reference policy, got none")
-        self.model, self.critic, self.config, self.seed = model, critic, config, seed
+        self.model, self.config, self.seed = model, config, seed
         self.reference = reference
         self.ranks = ranks or Ranks()
         self.iteration = self.steps = 0
+        model.recompute_blocks(config.recompute)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.policy_optimizer = _optimizer(trained, config)
-        self.critic_optimizer = _optimizer(dict(critic.named_parameters()), config)
+        # After the policy's optimiser, which lays out anew the weights that a critic may share.
+        self.critic = critic_of(model, config.critic, rank=config.critic_rank, seed=seed)
+        self.critic_optimizer = _optimizer(self.critic.trained(), config)
 
     def update(
         self, trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray] | None = None, *, version: int = -1
@@ -160,30 +192,32 @@ class Learner:
         batch = batch or Batch.of(trajectories)
         ends = [trajectory.after for trajectory in trajectories if trajectory.after is not None]
         n, width = batch.token_ids_nN.shape
-        observations = [*batch.observations, *ends]
+        prompts = Prompter(self.model, [*batch.observations, *ends], keep_images=self.config.keep_images)
         ids = torch.cat((batch.token_ids_nN, batch.token_ids_nN[:1].expand(len(ends), width)))
         mask, temperature = torch.zeros(ids.shape, dtype=torch.bool), torch.ones(len(ids))
         mask[:n], temperature[:n] = batch.mask_nN, batch.temperature_n
-        values, logprobs, reference = torch.zeros(len(ids)), torch.zeros(ids.shape), torch.zeros(ids.shape)
-        mine = self.ranks.part(len(ids))
+        logprobs, entropy, reference = (torch.zeros(ids.shape) for _ in range(3))
+        values, hidden = torch.zeros(len(ids)), torch.zeros(len(ids), self.model.config.llm.hidden_size)
+        mine = np.arange(len(ids))[self.ranks.part(len(ids))]
         self.model.eval()
         with torch.no_grad():
-            for start in range(mine.start, mine.stop, LOOK_BATCH):
-                rows = slice(start, min(start + LOOK_BATCH, mine.stop))
-                scores = _score(self.model, observations[rows], ids[rows])
-                values[rows] = self.critic(scores.hidden_BD).cpu()
-                logprobs[rows] = self._logprobs(scores, ids[rows], temperature[rows], mask[rows])
-                if self.reference is not None:
-                    scores = _score(self.reference, observations[rows], ids[rows])
-                    reference[rows] = self._logprobs(scores, ids[rows], temperature[rows], mask[rows])
-        for tensor in (values, logprobs, reference):
+            for rows in prompts.parts(mine, LOOK_BATCH):
+                seen, asked = prompts(rows), (ids[rows], temperature[rows], mask[rows])
+                policy = self._opinion(self.model, seen, *asked)
+                logprobs[rows], entropy[rows] = policy.logprobs_BN.cpu(), policy.entropy_BN.cpu()
+                hidden[rows], values[rows] = policy.hidden_BD.cpu(), self._values(seen, policy.hidden_BD).cpu()
+                if self.reference is not None:  # it has a tower of its own
+                    seen = replace(seen, image_tokens_BCD=None)
+                    reference[rows] = self._opinion(self.reference, seen, *asked).logprobs_BN.cpu()
+        for tensor in (values, logprobs, entropy, hidden, reference):
             self.ranks.sum(tensor)
         after_E = np.zeros(len(trajectories))
         after_E[[trajectory.after is not None for trajectory in trajectories]] = values[n:].numpy()
         return Looked(
+            prompts=prompts,
             values_n=values[:n].double().numpy(),
             after_E=after_E,
-            logprobs_nN=logprobs[:n],
+            policy=Opinion(logprobs_BN=logprobs[:n], entropy_BN=entropy[:n], hidden_BD=hidden[:n]),
             reference_nN=None if self.reference is None else reference[:n],
         )
 
@@ -212,7 +246,7 @@ class Learner:
     def _learn(
         self, batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
     ) -> dict[str, float]:
-        """Epochs of optimiser steps; means of what they measured."""
+        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included."""
         config, measured = self.config, defaultdict[str, list[float]](list)
         self.model.train()
         steps = minibatches(
@@ -221,13 +255,14 @@ class Learner:
         stopped = False
         for rows in steps:
             metrics = self._gradient(batch, looked, rows, advantage_n, target_n)
-            if stopped := not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]:
+            stopped = not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]
+            metrics |= {} if stopped else self._step()
+            for name, value in metrics.items():
+                measured[name].append(value)
+            if stopped:
                 for optimizer in self._optimizers().values():
                     optimizer.forget()
                 break
-            metrics |= self._step()
-            for name, value in metrics.items():
-                measured[name].append(value)
         means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
         return means | {"stopped_early": float(stopped), "optimiser_steps": float(self.steps)}
 
@@ -238,14 +273,13 @@ class Learner:
         counts = Counts.of(batch.mask_nN[rows].numpy(), self.model.config.action_dim)
         mine = rows[self.ranks.part(len(rows))]
         sums: dict[str, float] = dict.fromkeys(MEASURES, 0.0)
-        for start in range(0, len(mine), self.config.microbatch):
-            part = mine[start : start + self.config.microbatch]
+        for part in looked.prompts.parts(mine, self.config.microbatch):
             loss = self._loss(batch, looked, part, advantage_n[part], target_n[part], counts)
             if loss.total.requires_grad:
                 loss.total.backward()
             for name, value in loss.metrics.items():
                 sums[name] += float(value)
-        for optimizer in self._optimizers().values():
+        for optimizer in self._learning().values():
             self.ranks.sum(optimizer.collect_gradients())
         total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
         return dict(zip(sums, total.tolist(), strict=True))
@@ -259,27 +293,24 @@ class Learner:
         target_B: torch.Tensor,
         counts: Counts,
     ) -> Loss:
-        """Of a part of a minibatch: the critic's and, once it is warm, the policy's, from one pass of the backbone."""
+        """Of a part of a minibatch: the critic's and, once it is warm, the policy's."""
         config, device = self.config, self.model.device
-        ids_BN, mask_BN, temperature_B = batch.token_ids_nN[part], batch.mask_nN[part], batch.temperature_n[part]
-        with torch.set_grad_enabled(not self.warming_up):
-            scores = _score(self.model, [batch.observations[row] for row in part], ids_BN)
-            mask, temperature = mask_BN.to(device), temperature_B.to(device)
-            loss = ppo_loss(
-                self._logprobs(scores, ids_BN, temperature, mask),
-                batch.behaviour_nN[part].to(device),
-                advantage_B.to(device),
-                mask,
-                config=config.loss,
-                counts=counts,
-                action_dim=self.model.config.action_dim,
-                entropy_BN=token_entropy(scores.logits_BNV, temperature, mask),
-                reference_BN=None if looked.reference_nN is None else looked.reference_nN[part].to(device),
-            )
+        policy, values_B = self._now(batch, looked, part)
+        loss = ppo_loss(
+            policy.logprobs_BN,
+            batch.behaviour_nN[part].to(device),
+            advantage_B.to(device),
+            batch.mask_nN[part].to(device),
+            config=config.loss,
+            counts=counts,
+            action_dim=self.model.config.action_dim,
+            entropy_BN=policy.entropy_BN,
+            reference_BN=None if looked.reference_nN is None else looked.reference_nN[part].to(device),
+        )
         if config.advantage != "gae":
             return loss
         value = value_loss(
-            self.critic(scores.hidden_BD, detach=not config.critic_gradient),
+            values_B,
             torch.from_numpy(looked.values_n[part]).float().to(device),
             target_B.to(device),
             config=config.loss,
@@ -288,23 +319,52 @@ class Learner:
         total = value.total if self.warming_up else loss.total + config.critic_weight * value.total
         return Loss(total=total, metrics=loss.metrics | value.metrics)
 
-    def _logprobs(
-        self, scores: Scores, ids_BN: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
-    ) -> torch.Tensor:
-        """float32 (B, N), as the server reports them."""
-        device = scores.logits_BNV.device
-        columns_BN = ids_BN.to(device) - self.model.config.action_begin
-        return token_logprobs(scores.logits_BNV, columns_BN, temperature_B.to(device), mask_BN.to(device))
+    def _now(self, batch: Batch, looked: Looked, part: np.ndarray) -> tuple[Opinion, torch.Tensor]:
+        """The policy's opinion of a part, and the critic's values (B,)."""
+        # Until the critic is warm the policy is what it was when it looked: no pass says anything new.
+        known = looked.policy.of(part, self.model.device) if self.warming_up else None
+        if known is not None and self.critic.backbone is None:
+            return known, self.critic(known.hidden_BD)
+        with torch.set_grad_enabled(known is None):
+            prompts = looked.prompts(part)
+        asked = (batch.token_ids_nN[part], batch.temperature_n[part], batch.mask_nN[part])
+        policy = known or self._opinion(self.model, prompts, *asked)
+        return policy, self._values(prompts, policy.hidden_BD)
+
+    def _opinion(
+        self, model: VLA, prompts: Prompts, ids_BN: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
+    ) -> Opinion:
+        """Log-probabilities as the server reports them; the entropy has a gradient only where one is asked for."""
+        ids_BN, temperature_B, mask_BN = (t.to(model.device) for t in (ids_BN, temperature_B, mask_BN))
+        scores = model(prompts, ids_BN)
+        logits_BNV = scores.logits_BNV
+        logprobs_BN = token_logprobs(logits_BNV, ids_BN - model.config.action_begin, temperature_B, mask_BN)
+        measured_BNV = logits_BNV if self.config.loss.entropy_weight else logits_BNV.detach()
+        return Opinion(
+            logprobs_BN=logprobs_BN,
+            entropy_BN=token_entropy(measured_BNV, temperature_B, mask_BN),
+            hidden_BD=scores.hidden_BD.float(),
+        )
+
+    def _values(self, prompts: Prompts, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """float32 (B,)"""
+        if self.critic.backbone is not None:
+            return self.critic.read(prompts)
+        return self.critic(hidden_BD, detach=not self.config.critic_gradient)
+
+    def _learning(self) -> dict[str, Optimizer]:
+        """The optimisers that step now."""
+        learns = {"policy": not self.warming_up, "critic": self.config.advantage == "gae"}
+        return {owner: optimizer for owner, optimizer in self._optimizers().items() if learns[owner]}
 
     def _step(self) -> dict[str, float]:
         """One optimiser step of whatever learns now; the norms of the gradients."""
-        config = self.config
         self.steps += 1
-        norms = {}
-        if config.advantage == "gae":
-            norms["critic_gradient_norm"] = self.critic_optimizer.step(config.critic_learning_rate)
-        if not self.warming_up:
-            norms["gradient_norm"] = self.policy_optimizer.step(config.learning_rate)
+        learning, norms = self._learning(), {}
+        if "critic" in learning:
+            norms["critic_gradient_norm"] = self.critic_optimizer.step(self.config.critic_learning_rate)
+        if "policy" in learning:
+            norms["gradient_norm"] = self.policy_optimizer.step(self.config.learning_rate)
         return norms
 
 
@@ -312,17 +372,14 @@ def _optimizer(parameters: Mapping[str, torch.nn.Parameter], config: LearnerConf
     return Optimizer(parameters, weight_decay=config.weight_decay, clip_norm=config.clip_norm, ema=0)
 
 
-def _score(model: VLA, observations: Sequence[Prepared], ids_BN: torch.Tensor) -> Scores:
-    return model(collate(observations).to(model.device), ids_BN.to(model.device))
-
-
 def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version: int) -> dict[str, float]:
     """What the batch says about critic and server before anything was learned from it."""
     spread, mine = float(target_n.var()), torch.from_numpy(batch.version_n == version)
-    gap = (looked.logprobs_nN - batch.behaviour_nN)[mine][batch.mask_nN[mine]].abs()
+    gap = (looked.policy.logprobs_BN - batch.behaviour_nN)[mine][batch.mask_nN[mine]].abs()
     return {
         "value": float(looked.values_n.mean()),
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
-        "logprob_gap": float(gap.max()) if len(gap) else 0.0,
+        # Overlapped episodes are all of an older version: then nothing was compared.
+        "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
         "staleness": float(version - batch.version_n.mean()) if version >= 0 else 0.0,
     }

@@ -1,14 +1,16 @@
-"""Milestones: which frames of a successful episode show that a step of the task is done, by two rules.
+"""Milestones: which frames of a successful episode show that a step of the task is done, by three rules.
 
     keyframes   the paper's: the episode is split where the gripper comes to rest at another openness; inside a segment,
                 a frame at which a moving hand has come to rest is a keyframe, and so is the episode's last; the frames
                 that lead to a keyframe, within its segment, are positive
     window      the published repository's once: every 5th frame is a candidate; positive are the last 10 frames, and
                 those within 2 of (the gripper is told to close) + 11 or (it is told to open) + 0
+    progress    ours, for a potential: a milestone does not show how many came before it, so every frame is labelled
+                with the part of the episode's segments that lie behind it, in its own segment growing with time
 
-Both were made for a frame at every tick.  Here a frame is an observation, several ticks after the one before it; what
-the rules say in frames is read as ticks, and a window is never narrower than the gap between two frames, so that what
-happened is shown by one of them.
+The first two were made for a frame at every tick.  Here a frame is an observation, several ticks after the one before
+it; what the rules say in frames is read as ticks, and a window is never narrower than the gap between two frames, so
+that what happened is shown by one of them.
 
 Shapes: D frames of an episode, T ticks, n candidates.
 """
@@ -31,9 +33,9 @@ FINGERS = ("finger_left", "finger_right")
 class MilestoneConfig:
     """What counts as a step of the task."""
 
-    rule: Literal["keyframes", "window"] = "keyframes"
+    rule: Literal["keyframes", "window", "progress"] = "keyframes"
     gripper_m_s: float = 0.03
-    """keyframes: fingers that open or close faster than this are moving"""
+    """keyframes and progress: fingers that open or close faster than this are moving"""
     still_m_s: float = 0.06
     """keyframes: a hand slower than this is at rest"""
     lead_s: float = 0.25
@@ -91,12 +93,13 @@ def motion_of(episode: Episode, seen: Demonstration) -> Motion:
 
 
 def labelled(motion: Motion, config: MilestoneConfig) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (n,) the candidates among the frames, and bool (n,) which of them are positive."""
-    if config.rule == "keyframes":
-        return np.arange(len(motion.tick_D)), _leading(motion, config)
+    """int64 (n,) the candidates among the frames, and float64 (n,) their labels: 1 for a milestone, or progress."""
+    if config.rule != "window":
+        label = _leading if config.rule == "keyframes" else _passed
+        return np.arange(len(motion.tick_D)), label(motion, config).astype(np.float64)
     step = max(1, round(config.candidate_ticks / _gap(motion.tick_D)))
     candidates_n = np.arange(0, len(motion.tick_D), step)
-    return candidates_n, _in_window(motion.tick_D[candidates_n], motion.command_T, config)
+    return candidates_n, _in_window(motion.tick_D[candidates_n], motion.command_T, config).astype(np.float64)
 
 
 def keyframes(motion: Motion, config: MilestoneConfig) -> np.ndarray:
@@ -118,6 +121,12 @@ def _leading(motion: Motion, config: MilestoneConfig) -> np.ndarray:
         before_dk = key_k[None] - tick_d[:, None]
         positive_D[segment] = ((before_dk >= 0) & (before_dk <= lead)).any(1)
     return positive_D
+
+
+def _passed(motion: Motion, config: MilestoneConfig) -> np.ndarray:
+    """float64 (D,): from 0 at the first frame to 1 at the last, as much in every segment."""
+    ends = [motion.tick_D[segment.stop - 1] for segment in _segments(motion, config)]
+    return np.interp(motion.tick_D, [motion.tick_D[0], *ends], np.linspace(0, 1, len(ends) + 1))
 
 
 def _segments(motion: Motion, config: MilestoneConfig) -> list[slice]:

@@ -7,6 +7,7 @@ the learner's.  A child is told its device by UUID, which means the same in CUDA
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,6 +16,8 @@ from rl_trainer.devices import Gpu, Machine, Mig
 
 WORKERS_SHARE = 0.5
 """Part of the machine's memory that simulator workers may fill together."""
+SCENE_GB = 0.6
+"""GiB that a worker makes room for before it builds a scene."""
 SOFTWARE = "osmesa"
 CUDA = "CUDA_VISIBLE_DEVICES"
 
@@ -30,6 +33,12 @@ class Device:
     def uuid(self) -> str:
         """What CUDA_VISIBLE_DEVICES calls it."""
         return self.mig.uuid if self.mig else self.gpu.uuid
+
+    @property
+    def memory_gb(self) -> float:
+        """GiB; of a part, what its profile says: 3g.40gb has 40."""
+        part = re.search(r"(\d+)gb", self.mig.profile) if self.mig else None
+        return float(part[1]) if part else self.gpu.memory_gb
 
     def __str__(self) -> str:
         if self.mig:
@@ -47,6 +56,8 @@ class Place:
     """in words"""
     environment: Mapping[str, str]
     """what the process must be started with, over the caller's own environment"""
+    memory_gb: float | None = None
+    """GiB of the device it computes on; None: it computes in the machine's own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,12 @@ class Placement:
     """GiB that each worker may fill"""
     notes: tuple[str, ...]
     """what is not as one would wish"""
+
+    @property
+    def groups(self) -> list[tuple[Mapping[str, str], int]]:
+        """Environments of workers, and how many workers share each: one command starts a group."""
+        kinds = Counter(tuple(place.environment.items()) for place in self.workers)
+        return [(dict(kind), count) for kind, count in kinds.items()]
 
     def table(self) -> str:
         """The plan for people."""
@@ -79,19 +96,22 @@ def plan(
     machine: Machine,
     *,
     processes: int,
-    scene_gb: float,
+    scene_gb: float = SCENE_GB,
     visible: str | None = None,
     mujoco_gl: str = "",
     render_on_learner: bool = False,
+    learner_on_cpu: bool = False,
 ) -> Placement:
     """Where learner, server and so many workers go.  Raises ValueError when memory does not hold one scene.
 
     visible: CUDA_VISIBLE_DEVICES; None where it is not set.  mujoco_gl: MUJOCO_GL where the caller chose a renderer.
+    learner_on_cpu: it takes no device, and the server gets the first.
     """
     devices = visible_devices(machine.gpus, visible)
-    learner, server = (devices[0], devices[min(1, len(devices) - 1)]) if devices else (None, None)
-    notes = _notes(machine, visible, devices)
-    screens = _screens(machine, devices, render_on_learner)
+    learner = devices[0] if devices and not learner_on_cpu else None
+    server = devices[min(int(learner is not None), len(devices) - 1)] if devices else None
+    notes = _notes(machine, visible, devices, learner)
+    screens = _screens(machine, devices, learner, server, render_on_learner)
     if mujoco_gl not in ("", "egl"):
         screens = []
     elif devices and not screens and not mujoco_gl:
@@ -158,29 +178,33 @@ def _parts(gpu: Gpu) -> list[Device]:
     return [Device(gpu=gpu, mig=mig) for mig in gpu.mig] or [Device(gpu=gpu)]
 
 
-def _screens(machine: Machine, devices: Sequence[Device], render_on_learner: bool) -> list[tuple[Gpu, int]]:
+def _screens(
+    machine: Machine,
+    devices: Sequence[Device],
+    learner: Device | None,
+    server: Device | None,
+    render_on_learner: bool,
+) -> list[tuple[Gpu, int]]:
     """GPUs to render on, with EGL's index of each, the server's last; the learner's if told, or if it is the only one.
 
     A divided GPU draws nothing.
     """
     index_at = {egl.pci: egl.index for egl in machine.egl}
     gpus = [device.gpu for device in devices if device.mig is None and device.gpu.pci in index_at]
-    if not gpus:
-        return []
-    learner, server = devices[0].gpu, devices[min(1, len(devices) - 1)].gpu
-    others = sorted((gpu for gpu in gpus if gpu != learner), key=lambda gpu: gpu == server)
-    if learner in gpus and (render_on_learner or not others):
-        others.append(learner)
+    learns, serves = (device and device.gpu for device in (learner, server))
+    others = sorted((gpu for gpu in gpus if gpu != learns), key=lambda gpu: gpu == serves)
+    if learns in gpus and (render_on_learner or not others):
+        others.append(learns)
     return [(gpu, index_at[gpu.pci]) for gpu in others]
 
 
-def _notes(machine: Machine, visible: str | None, devices: Sequence[Device]) -> list[str]:
+def _notes(machine: Machine, visible: str | None, devices: Sequence[Device], learner: Device | None) -> list[str]:
     """What the devices themselves leave to be wished."""
     if not machine.gpus:
         return ["no GPU was found: everything runs on the CPU"]
     if not devices:
         return [f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {len(machine.gpus)} GPUs: everything runs on the CPU"]
-    return [f"learner and server share {devices[0]}"] if len(devices) == 1 else []
+    return [f"learner and server share {learner}"] if learner and len(devices) == 1 else []
 
 
 def _scenes(memory_gb: float, processes: int, scene_gb: float) -> tuple[int, int]:
@@ -199,7 +223,8 @@ def _computing(process: str, device: Device | None, visible: str | None) -> Plac
     """Without a device the caller's environment stands: there is nothing to hide."""
     if device is None:
         return Place(process=process, device="CPU", environment={} if visible is None else {CUDA: visible})
-    return Place(process=process, device=str(device), environment={CUDA: device.uuid})
+    environment = {CUDA: device.uuid}
+    return Place(process=process, device=str(device), environment=environment, memory_gb=device.memory_gb)
 
 
 def _rendering(process: str, renderer: str, screen: tuple[Gpu, int] | None) -> Place:

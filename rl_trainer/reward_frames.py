@@ -30,8 +30,8 @@ class RewardFrames:
 
     observations: Sequence[Prepared]
     """n, as the policy reads them"""
-    positive_n: np.ndarray
-    """bool: shows a milestone; never in a failing episode"""
+    target_n: np.ndarray
+    """float64 in [0, 1], 1 for a milestone, or how much is done; 0 in a failing episode"""
     success_n: np.ndarray
     """bool: of a successful episode"""
     validation_n: np.ndarray
@@ -39,6 +39,11 @@ class RewardFrames:
 
     def __len__(self) -> int:
         return len(self.observations)
+
+    @property
+    def positive_n(self) -> np.ndarray:
+        """bool: shows a milestone, or what is in the later half"""
+        return self.target_n > 0.5
 
     @property
     def state_std(self) -> np.ndarray:
@@ -72,32 +77,30 @@ def collect_frames(
             if (reason := refusal(episode)) not in (None, FAILURE):
                 refused[reason] += 1
                 continue
-            prepared, positive_D = _labelled_frames(episode, preprocessor, milestones, camera)
+            prepared, target_D = _labelled_frames(episode, preprocessor, milestones, camera)
         except (DamagedEpisode, BadDemonstration, BadInput, codec.CodecError) as error:
             refused["damaged"] += 1
             print(f"refused {files[number].name}: {error}", flush=True)
             continue
         held = held_out(episode.start.episode_id, validation_fraction)
-        rows.append((positive_D, np.full(len(prepared), reason is None), np.full(len(prepared), held)))
+        rows.append((target_D, np.full(len(prepared), reason is None), np.full(len(prepared), held)))
         observations += prepared
     if not rows:
         raise ValueError(f"no episode of {len(files)} can be learned from; refused: {dict(refused) or 'none'}")
-    positive_n, success_n, validation_n = (np.concatenate(column) for column in zip(*rows, strict=True))
-    return RewardFrames(
-        observations=observations, positive_n=positive_n, success_n=success_n, validation_n=validation_n
-    )
+    target_n, success_n, validation_n = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return RewardFrames(observations=observations, target_n=target_n, success_n=success_n, validation_n=validation_n)
 
 
 def _labelled_frames(
     episode: Episode, preprocessor: Preprocessor, milestones: MilestoneConfig, camera: str
 ) -> tuple[list[Prepared], np.ndarray]:
-    """The candidates of an episode as the policy reads them, and bool (D,) which of them are positive."""
+    """The candidates of an episode as the policy reads them, and float64 (D,) their labels."""
     seen = demonstration_from_episode(episode, camera)
-    rows, positive_D = np.arange(len(seen.tick_D)), np.zeros(len(seen.tick_D), bool)
+    rows, target_D = np.arange(len(seen.tick_D)), np.zeros(len(seen.tick_D))
     if episode.end.outcome == episode_pb2.OUTCOME_SUCCESS:
-        rows, positive_D = labelled(motion_of(episode, seen), milestones)
+        rows, target_D = labelled(motion_of(episode, seen), milestones)
     prepared = [preprocessor.prepare(seen.frames_DHW3[row], seen.instruction, seen.state_DS[row]) for row in rows]
-    return prepared, positive_D
+    return prepared, target_D
 
 
 def balanced_rows(positive_n: np.ndarray, batch: int, *, seed: int, step: int) -> np.ndarray:

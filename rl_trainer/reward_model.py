@@ -52,8 +52,8 @@ class TrainableRewardModel(RewardModel, Protocol):
         """What is trained, by name."""
         ...
 
-    def loss(self, observations: Sequence[Prepared], positive_B: np.ndarray) -> torch.Tensor:
-        """Mean over the batch; positive_B: bool."""
+    def loss(self, observations: Sequence[Prepared], target_B: np.ndarray) -> torch.Tensor:
+        """Mean over the batch; target_B: in [0, 1], what predict() should give."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -183,7 +183,7 @@ def _starting_model(
 def fit(model: TrainableRewardModel, frames: RewardFrames, config: RewardModelConfig) -> None:
     """Trains on the frames that are not held out.  Raises ValueError when they lack one of the answers."""
     rows_n = np.flatnonzero(~frames.validation_n)
-    positive_n, state_std = frames.positive_n[rows_n], frames.state_std
+    positive_n, target_n, state_std = frames.positive_n[rows_n], frames.target_n[rows_n], frames.state_std
     if not positive_n.any() or positive_n.all():
         raise ValueError(f"frames must be of both kinds, got {int(positive_n.sum())} positive of {len(positive_n)}")
     optimizer = Optimizer(model.parameters(), weight_decay=config.weight_decay, clip_norm=config.clip_norm, ema=0)
@@ -192,7 +192,7 @@ def fit(model: TrainableRewardModel, frames: RewardFrames, config: RewardModelCo
         batch = balanced_rows(positive_n, config.batch_size, seed=config.seed, step=step)
         drawn = draw(config.augmentation, config.batch_size, len(state_std), seed=config.seed, step=step)
         seen = [frames.observations[row] for row in rows_n[batch]]
-        loss = model.loss(augmented(seen, state_std, config.augmentation.state_noise, drawn), positive_n[batch])
+        loss = model.loss(augmented(seen, state_std, config.augmentation.state_noise, drawn), target_n[batch])
         loss.backward()
         optimizer.collect_gradients()
         rate = learning_rate(

@@ -37,6 +37,10 @@ class Finished:
     """None: every attempt ended as an error"""
     errors: tuple[str, ...] = ()
 
+    @property
+    def success(self) -> bool:
+        return self.episode is not None and self.episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+
 
 class RolloutQueue:
     """The server's queue at HOST:PORT as one run sees it.

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from rl_trainer.demonstrations import Source
 from rl_trainer.imitation import Objective, learning_rate, soft_targets
 from rl_trainer.metrics import Curve
 from rl_trainer.optimizer import Optimizer
+from rl_trainer.plots import Draw, Row, lines, picture, write_png
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.run_state import RunState
 from rl_trainer.samples import Samples, collect_samples
@@ -329,7 +331,8 @@ class Run:
         if self._curve:
             self.state.save(self.config.out / STATE, self.optimizer.state())
             self._curve.add(self.state.step, **measured)
-            self._curve.plot(self.config.out / "curve.png", _panels(self.model.config.action_dim))
+            panels = _panels(self._curve.rows, self.model.config.action_dim)
+            write_png(self.config.out / "curve.png", picture(panels, size_in=(6, 4)))
             print(
                 f"checkpoint at step {self.state.step}: "
                 + (", ".join(f"{name} {value:.3f}" for name, value in measured.items()) or "nothing held out"),
@@ -372,11 +375,12 @@ def _objective(config: SftConfig, vla_config: VLAConfig) -> Objective:
     )
 
 
-def _panels(action_dim: int) -> dict[str, list[str]]:
+def _panels(rows: Sequence[Row], action_dim: int) -> dict[str, Draw]:
     """What curve.png shows."""
+    accuracy, distance = ({f"{name}/{i}": str(i) for i in range(action_dim)} for name in ("accuracy", "l1"))
     return {
-        "loss": ["loss", "validation/loss"],
-        "token accuracy by action dimension": [f"accuracy/{i}" for i in range(action_dim)],
-        "distance of decoded chunks by action dimension": [f"l1/{i}" for i in range(action_dim)],
-        "learning rate": ["learning_rate"],
+        "loss": lines(rows, ["loss", "validation/loss"]),
+        "token accuracy by action dimension": lines(rows, accuracy),
+        "distance of decoded chunks by action dimension": lines(rows, distance),
+        "learning rate": lines(rows, ["learning_rate"]),
     }

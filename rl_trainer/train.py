@@ -14,39 +14,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
-from rl_trainer.critic import Critic
 from rl_trainer.curriculum import Cell, Curriculum, CurriculumConfig
-from rl_trainer.launch import Child, free_port, kept_alive
+from rl_trainer.devices import find_machine
+from rl_trainer.launch import started_here
 from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.live_view import LiveView
 from rl_trainer.metrics import Curve
+from rl_trainer.observer import Observer, Printer
+from rl_trainer.placement import CUDA, Placement
+from rl_trainer.placement import plan as place
 from rl_trainer.publisher import Publisher
 from rl_trainer.ranks import Ranks, launched
+from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import AlarmConfig, RewardAlarm
 from rl_trainer.reward_model import load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
+from rl_trainer.suite import catalogue, cells_of
+from rl_trainer.tally import scalars_of, tally_of
 from rl_trainer.train_state import TrainState
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
 STATE, RECORD = "state.safetensors", "train.json"
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,8 @@ class TrainConfig:
     lora_rank: int = 0
     """train an adapter of this rank; 0 trains all weights"""
     lora_alpha: float = 32.0
+    freeze_vision: bool = False
+    """vision towers and projector stay as they are: image tokens are computed once an iteration"""
     processes: int = 2
     """simulator processes started here"""
     slots: int = 4
@@ -105,6 +111,7 @@ class TrainConfig:
     threads: int = 1
     """torch threads of each"""
     device: str = "cpu"
+    """of the learner: cpu, cuda, or auto (CUDA where there is one)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the weights in the model; masters are float32 always"""
     seed: int = 0
@@ -123,25 +130,65 @@ class TrainConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
+        if not self.server and self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
 
 
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
-CATALOGUE_S = 600.0
-"""Longest that listing a suite may take: seconds on a quiet machine, but no run is given up for its neighbours."""
 
 
 def train(config: TrainConfig) -> None:
     """Runs until the budget is spent."""
+    placement = None if config.server else placed(config)
     config = _claim(config)
-    with launched(config.ranks, _follow, config) as ranks:
-        learner, checkpoint = _learner(config, ranks)
+    if placement:
+        print(placement.table(), flush=True)
+        os.environ.update(placement.learner.environment)  # before CUDA is asked for anything; other ranks inherit it
+    with launched(config.ranks, follow, config) as ranks:
+        learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
-            server, admin, check = stack.enter_context(_processes(config))
-            run = Run(config, learner, checkpoint, server, admin, check)
+            server, admin, check = config.server, config.admin, lambda: None
+            if placement:
+                started = started_here(
+                    placement,
+                    config.out,
+                    model=config.model,
+                    suite=config.suite,
+                    slots=config.slots,
+                    coarse_practice=config.coarse_practice,
+                    deterministic=config.deterministic,
+                )
+                server, admin, check = stack.enter_context(started)
+            run = Run(config, learner, checkpoint, server, admin, check, _observers(config, checkpoint.config.camera))
             stack.callback(run.close)
-            stack.callback(ranks.share, None)  # the other ranks may leave
             run.go()
+            ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
+
+
+def placed(config: TrainConfig) -> Placement:
+    """Where the run's processes go on this machine.  Raises ValueError when memory holds no scene."""
+    return place(
+        find_machine(),
+        processes=config.processes,
+        visible=os.environ.get(CUDA),
+        mujoco_gl=os.environ.get("MUJOCO_GL", ""),
+        learner_on_cpu=config.device == "cpu",
+    )
+
+
+def _observers(config: TrainConfig, camera: str) -> list[Observer]:
+    """A report in any case; on a terminal a live view, elsewhere lines."""
+    shown = Printer(split=config.evaluate_split)
+    if sys.stdout.isatty():
+        shown = LiveView(
+            f"{config.suite} in {config.out}",
+            iterations=config.iterations,
+            minutes=config.minutes,
+            evaluate_every=config.evaluate_every,
+            split=config.evaluate_split,
+        )
+    return [shown, Reporter(config.out, camera=camera)]
 
 
 def _claim(config: TrainConfig) -> TrainConfig:
@@ -150,11 +197,8 @@ def _claim(config: TrainConfig) -> TrainConfig:
     if config.resume:
         if not record.exists():
             raise FileNotFoundError(f"{record}: there is no run to resume")
-        before = json.loads(record.read_text())
-        changed = [name for name in before if name not in BUDGET and before[name] != wanted.get(name)]
-        if changed:
-            differences = "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
-            raise ValueError(f"{config.out} holds another run: {differences}")
+        if changed := differences(record, config, but=BUDGET):
+            raise ValueError(f"{config.out} holds another run: {changed}")
     elif record.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -165,71 +209,47 @@ def _claim(config: TrainConfig) -> TrainConfig:
     return replace(config, resume=config.resume and (config.out / STATE).exists())
 
 
-def _learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
+def differences(record: Path, config: TrainConfig, *, but: Sequence[str]) -> str:
+    """What a run's train.json says otherwise than the config, in words."""
+    before, wanted = json.loads(record.read_text()), json.loads(json.dumps(asdict(config), default=str))
+    changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
+    return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
+
+
+def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint]:
     """The same on every rank."""
     torch.set_num_threads(config.threads)
-    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=config.device)
+    device = compute_device(config.device)
+    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
     if config.lora_rank:
         checkpoint.model.requires_grad_(False)
         torch.manual_seed(config.seed)
-        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha)
+        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+    elif config.freeze_vision:
+        checkpoint.model.freeze_vision()
     reference = None
     if config.learner.loss.reference_weight:
-        reference = load_checkpoint(config.model, dtype=config.dtype, device=config.device).model
-    critic = Critic(checkpoint.config.llm.hidden_size, seed=config.seed).to(config.device)
-    learner = Learner(checkpoint.model, critic, config.learner, reference=reference, ranks=ranks, seed=config.seed)
+        reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
+    learner = Learner(checkpoint.model, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
         _, tensors = TrainState.load(config.out / STATE)
         learner.load(tensors)
     return learner, checkpoint
 
 
-def _follow(ranks: Ranks, config: TrainConfig) -> None:
+def compute_device(asked: str) -> str:
+    """What `auto` means here.  Raises ValueError when CUDA is asked for and is not to be had."""
+    cuda = torch.cuda.is_available()
+    if asked.startswith("cuda") and not cuda:
+        raise ValueError(f"device {asked!r} was asked for, but this machine or its torch has no CUDA")
+    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
+
+
+def follow(ranks: Ranks, config: TrainConfig) -> None:
     """The life of every rank but the first."""
-    learner, _ = _learner(config, ranks)
+    learner, _ = make_learner(config, ranks)
     while (work := ranks.share(None)) is not None:
         learner.update(*work)
-
-
-@contextmanager
-def _processes(config: TrainConfig) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Addresses of a server and its admin service, and a check that raises when what runs here cannot be kept alive."""
-    if config.server:
-        yield config.server, config.admin, lambda: None
-        return
-    port, admin = free_port(), free_port()
-    server = f"127.0.0.1:{port}"
-    serve = ["policy_server", "serve", "--model", config.model, "--port", str(port), "--admin-port", str(admin)]
-    serve += ["--episodes", str(config.out / "episodes"), *(["--deterministic"] if config.deterministic else [])]
-    work = ["sim", "worker", "--server", server, "--suites", config.suite]
-    work += ["--processes", str(config.processes), "--slots", str(config.slots)]
-    work += ["--coarse-practice"] if config.coarse_practice else []
-    children = [
-        Child(command[0], [sys.executable, "-m", *command], config.out / f"{command[0]}.log", on_loss=print)
-        for command in (serve, work)
-    ]
-    with kept_alive(children) as check:
-        yield server, f"127.0.0.1:{admin}", check
-
-
-def catalogue(suite: str) -> dict:
-    """What the simulator says about a suite: tasks (id -> instruction) and splits (name -> states)."""
-    command = [sys.executable, "-m", "sim", "suites", "--json", "--suites", suite]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=CATALOGUE_S)
-    if answer.returncode:
-        raise ValueError(f"`python -m sim suites` knows no suite {suite!r}: {answer.stderr.strip().splitlines()[-1]}")
-    return json.loads(answer.stdout)[suite]
-
-
-def cells_of(listed: dict, tasks: Sequence[int], split: str, first: int = 0) -> list[Cell]:
-    """Every (task, initial state) of a split; with `first`, the first so many states of each task."""
-    ids = list(listed["tasks"])
-    if unknown := [task for task in tasks if task not in range(len(ids))]:
-        raise ValueError(f"tasks must be in 0..{len(ids) - 1}, got {unknown}")
-    if split not in listed["splits"]:
-        raise ValueError(f"split must be one of {sorted(listed['splits'])}, got {split!r}")
-    states = listed["splits"][split][: first or None]
-    return [(ids[task], state) for task in tasks or range(len(ids)) for state in states]
 
 
 class Run:
@@ -243,13 +263,16 @@ class Run:
         server: str,
         admin: str,
         check: Callable[[], None],
+        observers: Sequence[Observer] = (),
     ):
         self.config, self.learner, self.checkpoint, self._check = config, learner, checkpoint, check
+        self.observers = observers
         listed = catalogue(config.suite)
         self.curriculum = Curriculum(cells_of(listed, config.tasks, config.split), config.curriculum, seed=config.seed)
         self.held_out = cells_of(listed, config.tasks, config.evaluate_split, config.evaluate_states)
         if config.evaluate_every and (shared := {*self.curriculum.cells} & {*self.held_out}):
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
+        self.instructions = {task: listed["tasks"][task] for task, _ in [*self.curriculum.cells, *self.held_out]}
         self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
         self.reward = None
         if config.reward_model is not None:
@@ -273,6 +296,7 @@ class Run:
     def go(self) -> None:
         """Iterates until the budget is spent."""
         config = self.config
+        self._tell(lambda o: o.on_start(self.instructions, self.curve.rows, self.seconds))
         self.publisher.begin(self.state.version)
         self._save()  # the run has its name on disk before anything is asked for in it
         self._measure()
@@ -287,41 +311,38 @@ class Run:
         started_s = self.seconds
         if not self.state.asked:
             self._ask(self.learner.iteration)
+        self._tell(lambda o: o.on_phase("collect", len(self.state.asked)))
         finished = self._collect(self.state.asked)
         self.state.asked = []
-        if self.config.overlap and not self._evaluation_due(self.learner.iteration + 1):
-            self._ask(self.learner.iteration + 1)
+        coming = self.learner.iteration + 1
+        if self.config.overlap and coming < self.config.iterations and not self._evaluation_due(coming):
+            self._ask(coming)
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
+        self._tell(lambda o: o.on_phase("learn"))
         # GRPO and RLOO add up a trajectory's rewards without a discount.
         gamma = self.config.learner.gamma if self.config.learner.advantage == "gae" else 1.0
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
         self.learner.ranks.share((trajectories, rewards))
         metrics = self.learner.update(trajectories, rewards, version=self.state.version)
         learned_s = self.seconds
+        self._tell(lambda o: o.on_phase("publish"))
         self.state.version = self.publisher.publish(
             self.state.version, note=f"{self.state.run} {self.learner.iteration}"
         )
-        successes = [is_success(item) for item in finished if item.episode is not None]
         metrics |= {
-            "success/train": sum(successes) / max(1, len(successes)),
+            "success/train": tally_of(finished).rate,
             "return": float(np.mean([rewards_T.sum() for rewards_T in rewards])),
             "seconds/collect": collected_s - started_s,
             "seconds/learn": learned_s - collected_s,
             "seconds/publish": self.seconds - learned_s,
-            "wall_clock_s": self.seconds,
-            **{name: float(count) for name, count in self.state.counts.items()},
+            **{f"probability/{task}": share for task, share in self.curriculum.task_probabilities.items()},
+            **scalars_of(finished, "train"),
         }
-        self.curve.add(self.learner.iteration, **metrics)
+        row = self.curve.add(self.learner.iteration, **metrics, **self._spent())
         if warning := self.alarm.observe(metrics["return"], metrics["success/train"]):
-            print(warning, flush=True)
-        print(
-            f"iteration {self.learner.iteration}  success {sum(successes)}/{len(successes)}  "
-            f"ratio {metrics['ratio']:.3f}  kl {metrics['approx_kl']:.4f}  entropy {metrics['entropy']:.3f}  "
-            f"explained {metrics['explained_variance']:.2f}  gap {metrics['logprob_gap']:.1e}  version "
-            f"{self.state.version}  {metrics['seconds/collect']:.0f} + {metrics['seconds/learn']:.0f} s",
-            flush=True,
-        )
+            self._tell(lambda o: o.on_note(warning))
+        self._tell(lambda o: o.on_iteration(row))
 
     def evaluate(self) -> None:
         """Greedy success on states that are never practised on, with its Wilson interval."""
@@ -330,27 +351,26 @@ class Run:
             self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
             for number, cell in enumerate(self.held_out)
         ]
+        started_s = self.seconds
+        self._tell(lambda o: o.on_phase("evaluate", len(rollouts)))
         finished = self._collect(rollouts)
-        successes = [is_success(item) for item in finished if item.episode is not None]
-        if not successes:
+        tally = tally_of(finished)
+        if not tally.episodes:
             raise RuntimeError(f"every evaluation episode ended as an error, the first: {finished[0].errors}")
-        interval = binomtest(sum(successes), len(successes)).proportion_ci(CONFIDENCE, method="wilson")
-        rate = sum(successes) / len(successes)
-        self.curve.add(
+        low, high = tally.interval
+        row = self.curve.add(
             self.learner.iteration,
-            **{"success/evaluate": rate, "success/low": interval.low, "success/high": interval.high},
-            **{"evaluated": len(successes), "evaluation_errors": len(finished) - len(successes)},
-            **{name: float(count) for name, count in self.state.counts.items()},
+            **{"success/evaluate": tally.rate, "success/low": low, "success/high": high},
+            **{"evaluated": tally.episodes, "evaluation_errors": len(finished) - tally.episodes},
+            **{"optimiser_steps": self.learner.steps, "seconds/evaluate": self.seconds - started_s},
+            **scalars_of(finished, "evaluate"),
+            **self._spent(),
         )
-        print(
-            f"iteration {self.learner.iteration}  greedy success on {self.config.evaluate_split}: {sum(successes)}/"
-            f"{len(successes)} = {100 * rate:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]",
-            flush=True,
-        )
+        self._tell(lambda o: o.on_evaluation(row, finished))
 
     def _measure(self) -> None:
         """Evaluates where that is due and is not in the curve yet."""
-        measured, _ = self.curve.series("success/evaluate")
+        measured = {row["step"] for row in self.curve.rows if "success/evaluate" in row}
         if self._evaluation_due(self.learner.iteration) and self.learner.iteration not in measured:
             self.evaluate()
             self._save()
@@ -364,6 +384,16 @@ class Run:
         self.queue.close()
         self.publisher.close()
         self.curve.close()
+        self._tell(lambda o: o.close())
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            tell(observer)
+
+    def _spent(self) -> dict[str, float]:
+        """What a row of the curve says about the run so far."""
+        counts = {name: float(self.state.counts[name]) for name in ("environment_steps", "decisions", "episodes")}
+        return counts | {"wall_clock_s": self.seconds, "version": float(self.state.version)}
 
     def _ask(self, iteration: int) -> None:
         """Chooses the rollouts of an iteration and enqueues them."""
@@ -396,6 +426,7 @@ class Run:
         finished = dict[str, Finished]()
         for item in self.queue.finished(check=self._check):
             finished[item.rollout.rollout_id] = item
+            self._tell(lambda o, item=item: o.on_rollout(item))
         self.state.cursor = self.queue.cursor
         return [finished[rollout.rollout_id] for rollout in rollouts]
 
@@ -406,7 +437,7 @@ class Run:
             if item.episode is None:
                 refused["error"] += 1
                 continue
-            self.curriculum.observe(item.rollout.task, item.rollout.initial_state, is_success(item))
+            self.curriculum.observe(item.rollout.task, item.rollout.initial_state, item.success)
             self.state.counts["environment_steps"] += len(item.episode.ticks)
             self.state.counts["decisions"] += len(item.episode.decisions)
             self.state.counts["episodes"] += 1
@@ -415,13 +446,14 @@ class Run:
             except RefusedEpisode as error:
                 refused[error.reason] += 1
         if refused:
-            print(f"not learned from: {dict(refused)}", flush=True)
+            self._tell(lambda o: o.on_note(f"not learned from: {dict(refused)}"))
         if not trajectories:
             raise RuntimeError(f"no episode of the iteration can be learned from: {dict(refused)}")
         return trajectories
 
     def _save(self) -> None:
         """The checkpoint, then the cursor: the server may delete what the checkpoint has taken in."""
+        self._tell(lambda o: o.on_phase("save"))
         self.state.seconds = self.seconds
         self.state.curriculum, self.state.alarm = self.curriculum.state(), self.alarm.state()
         self.state.save(self.config.out / STATE, self.learner.state())
@@ -431,20 +463,7 @@ class Run:
             save_lora(self.checkpoint.model, folder, base=str(self.config.model))
         else:
             save_checkpoint(folder, self.checkpoint.model, self.checkpoint.tokenizer)
-        self.curve.plot(self.config.out / "curve.png", PANELS)
-
-
-PANELS = {
-    "success": ["success/train", "success/evaluate", "success/low", "success/high"],
-    "divergence": ["approx_kl", "clip_fraction"],
-    "critic": ["value", "explained_variance"],
-    "seconds": ["seconds/collect", "seconds/learn", "seconds/publish"],
-}
-
-
-def is_success(item: Finished) -> bool:
-    """Whether the rollout's episode succeeded."""
-    return item.episode is not None and item.episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+        self._tell(lambda o: o.on_save())
 
 
 def seed_of(seed: int, name: str, number: int) -> int:

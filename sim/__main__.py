@@ -1,5 +1,5 @@
-"""`python -m sim evaluate | worker | demo | demos | suites`: measure a policy, run queued work, watch it, record
-demonstrations, list tasks.
+"""`python -m sim evaluate | worker | demo | demos | suites | timing`: measure a policy, run queued work, watch it,
+record demonstrations, list tasks, time scenes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from robot_client.errors import RobotError
-from sim import catalogue, demo, demos, evaluate, leasing
+from sim import catalogue, demo, demos, evaluate, leasing, timing
 from sim.assets import SimulatorUnavailable
 from sim.pool import PoolError
 
@@ -22,6 +22,7 @@ COMMANDS: dict[type, Callable[..., int | None]] = {
     demo.DemoConfig: demo.main,
     demos.DemosConfig: demos.record_demos,
     catalogue.CatalogueConfig: catalogue.main,
+    timing.TimingConfig: timing.main,
 }
 
 
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[leasing.LeasingConfig, tyro.conf.subcommand("worker")]
         | Annotated[demo.DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[demos.DemosConfig, tyro.conf.subcommand("demos")]
-        | Annotated[catalogue.CatalogueConfig, tyro.conf.subcommand("suites")],
+        | Annotated[catalogue.CatalogueConfig, tyro.conf.subcommand("suites")]
+        | Annotated[timing.TimingConfig, tyro.conf.subcommand("timing")],
         args=arguments,
         prog="python -m sim",
         description=__doc__,

@@ -16,7 +16,7 @@ class CatalogueConfig:
     suites: tuple[str, ...] = ()
     """Which; none given: all that can be built here."""
     json: bool = False
-    """One JSON object: suite -> tasks (id -> instruction) and splits (name -> initial states)."""
+    """One JSON object: suite -> tasks (id -> instruction), splits (name -> initial states) and max_ticks."""
 
 
 def main(config: CatalogueConfig) -> int:
@@ -27,6 +27,7 @@ def main(config: CatalogueConfig) -> int:
             suite.name: {
                 "tasks": {task.id: task.instruction for task in suite.tasks},
                 "splits": {name: list(states) for name, states in suite.splits.items()},
+                "max_ticks": suite.max_ticks,
             }
             for suite in suites
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from protos import episode_pb2
+from protos.animation import captioned, side_by_side
 from robot_client.arm import ArmState, Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
@@ -22,7 +23,7 @@ from sim.local_server import served
 from sim.scene import Scene
 from sim.suites import Task as SuiteTask
 from sim.suites import find_task
-from sim.video import captioned, side_by_side, write_gif, write_mp4
+from sim.video import write_gif, write_mp4
 
 logger = logging.getLogger(__name__)
 

@@ -37,6 +37,10 @@ class Skill(Protocol):
         """What to do now; None when the skill's work is done."""
         ...
 
+    def progress(self, view: View) -> float:
+        """How much of the skill's work is done, from 0 to 1; a function of the present state, like its aim."""
+        ...
+
 
 class SceneState(Protocol):
     """What an expert needs of a scene."""

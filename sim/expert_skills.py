@@ -11,6 +11,7 @@ from sim.expert_view import Extent, View
 
 UP = np.array([0.0, 0.0, 1.0])
 THINNEST_M = 0.002  # fingers closer than this hold nothing
+FAR_M = 0.4  # from here on a way still to go counts as all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,26 @@ class PickPlace:
             return Aim(self._carry(view, extent), CLOSED)
         return self._take(view, extent, pinched)
 
+    def progress(self, view: View) -> float:
+        """See Skill: reach (to 0.3), held (0.4), carried to its place (0.8), lowered (0.9), there (1).
+
+        Without a place, what is held lacks only the lift (0.8).
+        """
+        extent = view.extent(self.body)
+        if self.place is not None and self._delivered(view, extent):
+            return 1.0
+        reach = view.eef - self.grasp.point(extent)
+        # Contact is lost for a tick when a rim turns between the fingers.
+        between = view.closed > 0.9 and view.gap > THINNEST_M and float(np.linalg.norm(reach)) < 2 * self.near_m
+        if not (between or view.pinches(self.body)):
+            return 0.3 * _nearness(reach, FAR_M)
+        if self.place is None:
+            return 0.8
+        away = np.array([*extent.centre[:2], extent.low[2]]) - self._goal(view)
+        carried = 0.4 + 0.4 * _nearness(away[:2], FAR_M)
+        over_it = np.hypot(*away[:2]) < self.place.radius_m
+        return carried + 0.1 * over_it * _nearness(away[2:], self.place.carry_m + 0.05)
+
     def _take(self, view: View, extent: Extent, pinched: bool) -> Aim:
         eef, point = view.eef, self.grasp.point(extent)
         distance, height = np.hypot(*(point - eef)[:2]), abs(eef[2] - point[2])
@@ -125,14 +146,24 @@ class TurnKnob:
         """See Skill."""
         if view.joint(self.joint) >= self.enough_rad:
             return None
-        origin, axes = view.frame(self.body)
-        along, ahead = -axes[:, 1], axes[:, 0]
-        contact = origin + self.lever_m * along + self.height_m * UP
+        along, ahead, contact = self._contact(view)
         away = view.eef - contact
         behind = 0.0 < -away @ ahead < self.run_up_m + 0.015
         if behind and abs(away @ along) < 0.015 and away[2] < 0.015:
             return Aim(contact + 0.06 * ahead, CLOSED, speed=1.0)
         return Aim(_approach(view.eef, contact - self.run_up_m * ahead, hover=0.06, near=0.01), CLOSED)
+
+    def progress(self, view: View) -> float:
+        """See Skill: the reach (to 0.3), then the turn."""
+        turned = float(np.clip(view.joint(self.joint) / self.enough_rad, 0, 1))
+        *_, contact = self._contact(view)
+        return max(0.3 * _nearness(view.eef - contact, FAR_M), 0.3 + 0.7 * turned if turned > 0.05 else 0.0)
+
+    def _contact(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each (3,): along the bar, the way it is pushed, and where the fingers push it, m."""
+        origin, axes = view.frame(self.body)
+        along, ahead = -axes[:, 1], axes[:, 0]
+        return along, ahead, origin + self.lever_m * along + self.height_m * UP
 
 
 def _approach(eef: np.ndarray, goal: np.ndarray, *, hover: float, near: float) -> np.ndarray:
@@ -143,3 +174,8 @@ def _approach(eef: np.ndarray, goal: np.ndarray, *, hover: float, near: float) -
     sideways = np.clip(1.5 - too_low / 0.04, 0.0, 1.0)
     waypoint[:2] = eef[:2] + sideways * (waypoint[:2] - eef[:2])
     return waypoint
+
+
+def _nearness(away: np.ndarray, far_m: float) -> float:
+    """1 there, 0 from far_m on."""
+    return float(np.clip(1 - np.linalg.norm(away) / far_m, 0, 1))

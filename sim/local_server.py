@@ -8,16 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from robot_client.client import PolicyClient
 from robot_client.errors import PolicyError
 
 
 @contextmanager
-def served(server: str = "", model: str = "nano", *, patience_s: float = 120.0) -> Iterator[str]:
+def served(
+    server: str = "", model: str = "nano", *, episodes: Path | None = None, patience_s: float = 120.0
+) -> Iterator[str]:
     """The address of a server that answers: the one given, or a child process that serves the model.
 
-    model: nano, or the folder or hub id of a checkpoint.  SystemExit when the child ends or is silent for patience_s.
+    model: nano, or the folder or hub id of a checkpoint.  episodes: where the child keeps what it sees; None: nowhere.
+    SystemExit when the child ends or is silent for patience_s.
     """
     if server:
         yield server
@@ -28,6 +32,7 @@ def served(server: str = "", model: str = "nano", *, patience_s: float = 120.0) 
     address = f"127.0.0.1:{port}"
     print("starting a policy server ...", flush=True)
     command = [sys.executable, "-m", "policy_server", "serve", "--model", model, "--port", str(port)]
+    command += ["--episodes", str(episodes)] if episodes else []
     child = subprocess.Popen(command)
     try:
         _wait_until_it_answers(child, address, patience_s)

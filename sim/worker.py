@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from protos import episode_pb2
+from protos.animation import captioned
 from robot_client.arm import ArmState, Observation
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
@@ -28,7 +29,7 @@ from sim.report import EpisodeRecord
 from sim.scene import Scene
 from sim.scenes import Scenes
 from sim.suites import find_task
-from sim.video import VideoError, captioned, write_mp4
+from sim.video import VideoError, write_mp4
 
 logger = logging.getLogger(__name__)
 

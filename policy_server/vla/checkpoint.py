@@ -77,8 +77,8 @@ def load_checkpoint(
     return Checkpoint(path=folder, model=model.eval(), tokenizer=tokenizer, fingerprint=stored)
 
 
-def local_folder(source: Path | str) -> Path:
-    """The folder itself, that of an embedded model, or where the hub's files were put."""
+def local_folder(source: Path | str, *, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder itself, that of an embedded model, or where the hub's files were put: those of these patterns."""
     folder = EMBEDDED.get(str(source), Path(source))
     if folder.is_dir():
         return folder
@@ -88,7 +88,7 @@ def local_folder(source: Path | str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{source}: there is no such folder, and the hub did not give it: {reason}") from error

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from policy_server.vla.config import LlamaConfig
 from policy_server.vla.kv_cache import KVCache
+from policy_server.vla.recompute import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +71,38 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.fused: torch.Tensor | None = None
 
-    def _qkv(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def _qkv(
+        self, x_BLD: torch.Tensor, rotate: Rotation, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (from token `first` on) and keys, rotated, and values: (B, L, H, d) each."""
+        shape = (*x_BLD.shape[:2], -1, self.head_dim)
         if self.fused is not None and not torch.is_grad_enabled():
-            return functional.linear(x_BLD, self.fused)
-        return torch.cat((self.q_proj(x_BLD), self.k_proj(x_BLD), self.v_proj(x_BLD)), -1)
+            qkv = functional.linear(x_BLD, self.fused).view(shape)
+            queries, keys = rotate(qkv[:, :, : 2 * self.heads]).split(self.heads, 2)
+            return queries[:, first:], keys, qkv[:, :, 2 * self.heads :]
+        # Side by side they would cost a copy, and another in the gradient.
+        queries = self.q_proj(x_BLD[:, first:]).unflatten(-1, shape[2:])
+        keys, values = self.k_proj(x_BLD).view(shape), self.v_proj(x_BLD).view(shape)
+        return rotate.part(first, shape[1])(queries), rotate(keys), values
 
     def forward(
-        self, x_BLD: torch.Tensor, rotate: Rotation, mask_B1LT: torch.Tensor, cache: KVCache | None, at: tuple[int, int]
+        self,
+        x_BLD: torch.Tensor,
+        rotate: Rotation,
+        mask_B1LT: torch.Tensor,
+        cache: KVCache | None,
+        at: tuple[int, int],
+        first: int,
     ) -> torch.Tensor:
-        """`at` is (layer, first slot) in the cache."""
-        batch, length, width = x_BLD.shape
-        qkv = self._qkv(x_BLD).view(batch, length, 3, self.heads, self.head_dim)
-        rotated = rotate(qkv[:, :, :2].flatten(2, 3)).view(batch, length, 2, self.heads, self.head_dim)
-        queries = rotated[:, :, 0].transpose(1, 2)
+        """For tokens from `first` on.  `at` is (layer, first slot) in the cache."""
+        queries, keys, values = self._qkv(x_BLD, rotate, first)
         if cache is None:
-            keys, values = rotated[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         else:
-            kv = torch.stack((rotated[:, :, 1], qkv[:, :, 2]))
-            keys, values = cache.append(*at, kv.transpose(2, 3))
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_B1LT)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+            keys, values = cache.append(*at, torch.stack((keys, values)).transpose(2, 3))
+        mask = mask_B1LT[:, :, first:]
+        mixed = functional.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -119,9 +132,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_BLD: torch.Tensor, rotate: Rotation, mask_B1LT: torch.Tensor, cache: KVCache | None, at: tuple[int, int]
+        self,
+        x_BLD: torch.Tensor,
+        rotate: Rotation,
+        mask_B1LT: torch.Tensor,
+        cache: KVCache | None,
+        at: tuple[int, int],
+        first: int,
     ) -> torch.Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rotate, mask_B1LT, cache, at)
+        """What attention takes, for tokens from `first` on."""
+        x_BLD = x_BLD[:, first:] + self.self_attn(self.input_layernorm(x_BLD), rotate, mask_B1LT, cache, at, first)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
@@ -133,6 +153,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
     def forward(
         self,
@@ -141,14 +162,17 @@ class Decoder(nn.Module):
         mask_B1LT: torch.Tensor,
         cache: KVCache | None = None,
         start: int = 0,
+        first: int = 0,
     ) -> torch.Tensor:
-        """Last hidden states (B, L, D), after the final norm.
+        """Last hidden states (B, L - first, D) of the tokens from `first` on, after the final norm.
 
         mask_B1LT is added to the attention scores: 0 where a token may look, -inf where not.  With a cache the call's
         tokens take its slots from `start` on, and T = start + L.
         """
+        last = len(self.layers) - 1  # the others' tokens are still to be looked at
         for index, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, rotate, mask_B1LT, cache, (index, start))
+            wanted = first if index == last else 0
+            x_BLD = run(layer, x_BLD, rotate, mask_B1LT, cache, (index, start), wanted, recompute=self.recompute)
         return self.norm(x_BLD)
 
 

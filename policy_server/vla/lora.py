@@ -23,6 +23,7 @@ from policy_server.vla.model import VLA
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = "language_model.lm_head"
+VISION = ("vision_backbone.", "projector.")
 
 # Variants of PEFT that change the arithmetic, with the one value implemented here.
 FIXED = {
@@ -37,15 +38,16 @@ FIXED = {
 }
 
 
-def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0) -> list[nn.Parameter]:
+def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0, vision: bool = True) -> list[nn.Parameter]:
     """Adapts every linear layer but the head and freezes the rest; gives the parameters to train.
 
-    A fresh adapter changes nothing: its lora_B is zero.
+    A fresh adapter changes nothing: its lora_B is zero.  vision: those of towers and projector, too.
     """
     model.requires_grad_(False)
     model.language_model.unfuse()
     for name, linear in list(_linears(model)):
-        _put(model, name, LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout))
+        if vision or not name.startswith(VISION):
+            _put(model, name, LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout))
     return [parameter for name, parameter in model.named_parameters() if _is_lora(name)]
 
 

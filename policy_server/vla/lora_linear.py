@@ -28,8 +28,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = functional.linear(x, self.weight, self.bias)
-        dropped = functional.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return base + (functional.linear(functional.linear(dropped, self.lora_A), self.lora_B) * self.scale).to(x.dtype)
+        # The matrices are cast, not x: a float32 copy of every layer's input would be kept for the gradient.
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        dropped = functional.dropout(x, self.dropout, self.training)
+        return base + functional.linear(functional.linear(dropped, lora_A), lora_B) * self.scale
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W + (alpha / r) B A as a server holds it that computes in `dtype`: W is rounded to it, and so is the sum.

@@ -36,13 +36,17 @@ class Prompts:
     """int64: ids of each row that are no padding"""
     states_BS: torch.Tensor | None
     """float32, normalised; None for a model without state"""
+    image_tokens_BCD: torch.Tensor | None = None
+    """what VLA.image_tokens() gives for the images, where somebody knows it already"""
 
     def to(self, device: torch.device | str) -> Prompts:
+        known = self.image_tokens_BCD
         return Prompts(
             images_BHW3=self.images_BHW3.to(device),
             input_ids_BL=self.input_ids_BL.to(device),
             lengths_B=self.lengths_B.to(device),
             states_BS=None if self.states_BS is None else self.states_BS.to(device),
+            image_tokens_BCD=None if known is None else known.to(device),
         )
 
 
@@ -116,10 +120,35 @@ class VLA(nn.Module):
         pixels = pixels.repeat(1, len(self.config.towers), 1, 1)
         return ((pixels - self.pixel_mean) / self.pixel_std).to(self.language_model.lm_head.weight.dtype)
 
+    @property
+    def vision(self) -> tuple[nn.Module, ...]:
+        """What makes image tokens of images."""
+        return self.vision_backbone, self.projector
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Training leaves image tokens as they are."""
+        return not any(parameter.requires_grad for part in self.vision for parameter in part.parameters())
+
+    def freeze_vision(self) -> None:
+        for part in self.vision:
+            part.requires_grad_(False)
+
+    def recompute_blocks(self, recompute: bool = True) -> None:
+        """Gradients cost a second forward pass, and the memory of one block at a time."""
+        for module in (*self.vision_backbone.towers, self.language_model.model):
+            module.recompute = recompute
+
+    def image_tokens(self, images_BHW3: torch.Tensor) -> torch.Tensor:
+        """(B, image tokens, D): the towers' features, projected."""
+        features = self.vision_backbone(self.pixel_values(images_BHW3))
+        return self.projector(merge_patches(features, self.config.patch_merge))
+
     def context(self, prompts: Prompts) -> torch.Tensor:
-        """(B, C, D): projected image tokens, then the state token."""
-        features = self.vision_backbone(self.pixel_values(prompts.images_BHW3))
-        tokens = self.projector(merge_patches(features, self.config.patch_merge))
+        """(B, C, D): image tokens, then the state token."""
+        tokens = prompts.image_tokens_BCD
+        if tokens is None:
+            tokens = self.image_tokens(prompts.images_BHW3)
         if prompts.states_BS is None:
             return tokens
         state = self.state_projector(prompts.states_BS.to(tokens.dtype))
@@ -130,20 +159,30 @@ class VLA(nn.Module):
         embedded = self.language_model.model.embed_tokens(input_ids_BL)
         return torch.cat((embedded[:, :1], context_BCD, embedded[:, 1:]), 1)
 
-    def hidden(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, M + N, D) of prompts followed by any number of action tokens."""
+    def hidden(self, prompts: Prompts, action_ids_BN: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Last hidden states (B, M + N - first, D) of prompts followed by any number of action tokens."""
         x = self.embed_prompts(prompts.input_ids_BL, self.context(prompts))
         layout = Layout.of(prompts, self.config.num_context_tokens, action_ids_BN.shape[1])
         x = torch.cat((x, self.language_model.model.embed_tokens(action_ids_BN)), 1)
-        return self.language_model.model(x, self.language_model.rotation(layout.positions), layout.mask(x.dtype))
+        rotation = self.language_model.rotation(layout.positions)
+        return self.language_model.model(x, rotation, layout.mask(x.dtype), first=first)
+
+    def read(self, prompts: Prompts) -> torch.Tensor:
+        """(B, D): Scores.hidden_BD, by a pass over the prompts alone."""
+        return self._read(prompts, prompts.input_ids_BL[:, :0])[0]
+
+    def _read(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states at the last prompt token (B, D), and at the action tokens (B, N, D)."""
+        last_B = prompts.lengths_B + self.config.num_context_tokens - 1
+        first = int(last_B.min())  # nobody reads what comes before
+        hidden = self.hidden(prompts, action_ids_BN, first)
+        slots = prompts.input_ids_BL.shape[1] + self.config.num_context_tokens
+        return hidden[torch.arange(len(last_B), device=last_B.device), last_B - first], hidden[:, slots - first :]
 
     def forward(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> Scores:
         """Scores every action token given those before it (teacher forcing)."""
-        hidden = self.hidden(prompts, action_ids_BN[:, :-1])
-        slots = prompts.input_ids_BL.shape[1] + self.config.num_context_tokens
-        last = prompts.lengths_B + self.config.num_context_tokens - 1
-        hidden_BD = hidden[torch.arange(len(last), device=last.device), last]
-        before_BND = torch.cat((hidden_BD[:, None], hidden[:, slots:]), 1)
+        hidden_BD, hidden_BND = self._read(prompts, action_ids_BN[:, :-1])
+        before_BND = torch.cat((hidden_BD[:, None], hidden_BND), 1)
         logits = functional.linear(before_BND, self.action_head).float()
         return Scores(logits_BNV=logits, hidden_BD=hidden_BD)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from policy_server.vla.config import TowerConfig
+from policy_server.vla.recompute import run
 
 NORM_EPS = 1e-6
 
@@ -115,6 +116,7 @@ class Tower(nn.Module):
             self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         if config.attention_pool:
             self.attn_pool = AttentionPool(config)
+        self.recompute = False
 
     def _prefix(self) -> list[torch.Tensor]:
         names = ["cls_token"] * self.config.class_token + ["reg_token"] * (self.config.register_tokens > 0)
@@ -126,7 +128,7 @@ class Tower(nn.Module):
         if prefix := self._prefix():
             x = torch.cat([token.expand(x.shape[0], -1, -1) for token in prefix] + [x], 1)
         for block in self.blocks[: self.config.output_block + 1]:
-            x = block(x)
+            x = run(block, x, recompute=self.recompute)
         return x[:, self.config.prefix_tokens :]
 
 

@@ -38,6 +38,12 @@ def test_every_task_gets_every_state_of_the_protocol_once():
     assert all(rollout.task.max_ticks == ROBOSUITE.max_ticks for rollout in rollouts)
 
 
+def test_an_evaluation_is_greedy_unless_told_otherwise():
+    """Defect 10."""
+    assert {rollout.temperature for rollout in plan(config(), ROBOSUITE, 0)} == {0}
+    assert {rollout.temperature for rollout in plan(config(temperature=1.5), ROBOSUITE, 0)} == {1.5}
+
+
 def test_episodes_per_task_takes_the_first_states_and_says_so():
     some = config(episodes_per_task=3, tasks=(1,))
     assert [rollout.task.initial_state for rollout in plan(some, ROBOSUITE, 0)] == [

@@ -79,6 +79,9 @@ def test_an_expert_whose_recipe_is_done_opens_and_stays(lift: Scene) -> None:
         def aim(self, view: object) -> Aim | None:
             return None
 
+        def progress(self, view: object) -> float:
+            return 1.0
+
     lift.reset("seed:0")
     np.testing.assert_array_equal(Expert(lift, (Done(),)).action(), [0, 0, 0, 0, 0, 0, OPEN])
 
@@ -87,6 +90,9 @@ def test_the_first_unfinished_skill_acts(lift: Scene) -> None:
     class Done:
         def aim(self, view: object) -> Aim | None:
             return None
+
+        def progress(self, view: object) -> float:
+            return 1.0
 
     lift.reset("seed:0")
     pick = PickPlace(body="cube_main")

@@ -32,3 +32,15 @@ def test_suites_are_listed_for_a_trainer(capsys):
     assert listed["splits"]["held_out"][0] == "seed:2000"
     assert main(["suites", "--suites", "robosuite"]) == 0
     assert "robosuite: 3 tasks" in capsys.readouterr().out
+
+
+def test_scenes_are_timed_for_whoever_plans_a_run(capsys):
+    quick = ["--tasks", "0", "--ticks", "8", "--frames", "1", "--size-px", "32"]
+    assert main(["timing", "--suite", "robosuite", "--processes", "2", *quick]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {
+        *("tick_s", "frame_s", "coarse_frame_s", "reset_s", "build_s"), "base_gb", "scene_gb", "slowdown"
+    }  # fmt: skip
+    assert all(value > 0 for value in found.values())
+    assert found["tick_s"] < found["reset_s"] < found["build_s"]  # a reset settles for ten ticks
+    assert main(["timing", "--suite", "robosuite", "--tasks", "7"]) == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sim.video import CAPTION_PX, VideoError, captioned, side_by_side, write_gif, write_mp4
+from sim.video import VideoError, write_gif, write_mp4
 
 
 def clip(n: int, size: int = 64) -> list[np.ndarray]:
@@ -42,19 +42,3 @@ def test_a_gif_stays_below_its_limit(tmp_path):
     assert (tmp_path / "clip.gif").stat().st_size <= 60_000
     with Image.open(tmp_path / "clip.gif") as picture:
         assert 4 <= picture.n_frames < 32
-
-
-def test_a_caption_leaves_the_picture_alone():
-    frame = clip(3)[1]
-    captioned_frame = captioned(frame, "pick up the bowl")
-    assert captioned_frame.shape == (64 + CAPTION_PX, 64, 3)
-    np.testing.assert_array_equal(captioned_frame[:64], frame)
-    assert captioned_frame[64:].max() > 200
-
-
-def test_a_clip_that_is_over_stands_still_beside_a_longer_one():
-    frames = side_by_side([clip(3), clip(5), clip(2)], columns=2, hold=1)
-    assert len(frames) == 6 and frames[0].shape == (128, 128, 3)
-    np.testing.assert_array_equal(frames[5][:64, :64], clip(3)[2])
-    np.testing.assert_array_equal(frames[4][:64, 64:], clip(5)[4])
-    assert not frames[5][64:, 64:].any()

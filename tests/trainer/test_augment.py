@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_trainer.augment import Augmentation, augment_images, augment_state, draw
+from rl_trainer.augment import Augmentation, augment_images, augment_state, augment_tokens, draw
 
 NOTHING = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
 
@@ -46,7 +46,19 @@ def test_state_noise_is_measured_in_standard_deviations_of_the_data() -> None:
     torch.testing.assert_close(noisy.std(0), torch.tensor([0.1, 1.0]), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"brightness": 1.0}, {"shift_px": -1}, {"state_noise": -0.1}])
+def test_token_noise_is_measured_in_bins_and_stays_among_them() -> None:
+    drawn = draw(Augmentation(), 4000, 0, 56, seed=0, step=0)
+    middle = torch.full((4000, 56), 128)
+    off = (augment_tokens(middle, 256, 3.0, drawn) - 128).float()
+    assert off.mean().abs() < 0.05
+    assert 2.9 < off.std(1).mean() < 3.1  # a sample's own deviation is uniform in [0, 6]
+    assert (off == 0).all(1).any() and off.std(1).max() > 5
+    edge = augment_tokens(torch.zeros(4000, 56, dtype=torch.long), 256, 3.0, drawn)
+    assert edge.min() == 0 and augment_tokens(torch.full((4000, 56), 255), 256, 3.0, drawn).max() == 255
+    assert torch.equal(augment_tokens(middle, 256, 0.0, drawn), middle)
+
+
+@pytest.mark.parametrize("wrong", [{"brightness": 1.0}, {"shift_px": -1}, {"state_noise": -0.1}, {"token_noise": -1.0}])
 def test_an_augmentation_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)  # type: ignore[arg-type]

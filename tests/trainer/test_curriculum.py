@@ -53,6 +53,12 @@ def test_the_floor_is_shared_evenly_so_that_nothing_starves() -> None:
     np.testing.assert_allclose(made.probabilities, [0.8, 0.1, 0.1])
 
 
+def test_a_tasks_share_is_that_of_its_cells() -> None:
+    made = curriculum("0000", "0101", "1111", rule="paper")
+    of_cells = shares(math.e, 1, 1 / math.e)
+    assert made.task_probabilities == pytest.approx({"lift": of_cells[0] + of_cells[1], "stack": of_cells[2]})
+
+
 def test_a_task_that_was_never_tried_has_the_prior_and_its_cells_share_what_it_showed() -> None:
     """Prior .5 that counts as one outcome: lift's rate after four failures is .1, which counts as one in its cells."""
     made = curriculum("0", "000", prior=0.5, prior_weight=1.0)

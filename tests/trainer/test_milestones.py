@@ -46,8 +46,9 @@ def commanded(ticks: int, closed: slice, *, stride: int) -> Motion:
 
 
 def positive_ticks(motion: Motion, config: MilestoneConfig) -> list[int]:
-    rows, positive = labelled(motion, config)
-    return motion.tick_D[rows][positive].tolist()
+    rows, target = labelled(motion, config)
+    assert set(target) <= {0.0, 1.0}
+    return motion.tick_D[rows][target == 1].tolist()
 
 
 # A reach, a grasp, a carry: still at the start, at rest in frame 3 while the fingers close until frame 4, then away.
@@ -81,6 +82,15 @@ def test_speeds_are_in_metres_a_second_whatever_the_stride() -> None:
     slow = path_of([0, FAST, FAST, 0.02, FAST], [0.08] * 5)  # 0.08 m/s in frame 3
     assert not keyframes(slow, KEYFRAMES)[3]
     assert keyframes(path_of([0, FAST, FAST, 0.02, FAST], [0.08] * 5, stride=10), KEYFRAMES)[3]  # 0.04 m/s
+
+
+def test_progress_grows_from_0_to_1_as_much_in_every_segment() -> None:
+    # The fingers come to rest in frame 4 of 9: what is before it and what is after it count alike.
+    rows, target = labelled(GRASP, MilestoneConfig(rule="progress"))
+    assert rows.tolist() == list(range(9))
+    np.testing.assert_allclose(target, [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1])
+    early = path_of([0, FAST, FAST, FAST, FAST], [0.08, 0.04, 0.04, 0.04, 0.04])  # at rest in frame 1
+    np.testing.assert_allclose(labelled(early, MilestoneConfig(rule="progress"))[1], [0, 3 / 6, 4 / 6, 5 / 6, 1])
 
 
 def test_with_a_frame_every_tick_the_window_rule_is_the_published_one() -> None:

@@ -137,6 +137,20 @@ def test_workers_render_on_the_learners_gpu_when_told_and_it_comes_last() -> Non
     assert screens(placed(FOUR, "1,0", processes=3, render_on_learner=True)) == ["4", "3", "4"]
 
 
+def test_a_learner_on_the_cpu_leaves_all_gpus_to_server_and_workers() -> None:
+    placement = placed(FOUR, processes=4, learner_on_cpu=True)
+    assert placement.learner.device == "CPU" and computing(placement) == [None, "GPU-aa00"]
+    assert screens(placement) == ["3", "2", "1", "4"]
+    one = placed(ONE, learner_on_cpu=True)
+    assert computing(one) == [None, "GPU-aa00"] and screens(one) == ["0"] * 3 and one.notes == ()
+
+
+def test_workers_of_one_environment_are_started_together() -> None:
+    by_screen = {environment["MUJOCO_EGL_DEVICE_ID"]: count for environment, count in placed(FOUR, processes=7).groups}
+    assert by_screen == {"2": 3, "1": 2, "3": 2}
+    assert placed(NONE, processes=5).groups == [({"CUDA_VISIBLE_DEVICES": "", "MUJOCO_GL": "osmesa"}, 5)]
+
+
 def test_a_renderer_that_the_caller_chose_is_kept() -> None:
     software = placed(FOUR, mujoco_gl="osmesa")
     assert [dict(worker.environment) for worker in software.workers] == [

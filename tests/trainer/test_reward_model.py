@@ -137,12 +137,12 @@ def test_a_prediction_is_the_share_of_1_against_0_among_the_next_tokens(checkpoi
         assert predicted == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_answers(checkpoint: Checkpoint) -> None:
-    model, positive_B = ProgressModel(checkpoint.model, checkpoint.tokenizer), np.array([True, False])
+def test_the_loss_is_the_cross_entropy_with_answers_of_which_a_part_is_right(checkpoint: Checkpoint) -> None:
+    model, target_B = ProgressModel(checkpoint.model, checkpoint.tokenizer), np.array([1.0, 0.25])
     observations = [seen(checkpoint, DARK), seen(checkpoint, BRIGHT)]
     first, second = model.predict(observations)
-    expected = -(np.log(first) + np.log(1 - second)) / 2
-    assert float(model.loss(observations, positive_B).detach()) == pytest.approx(expected, rel=1e-5)
+    expected = -(np.log(first) + 0.25 * np.log(second) + 0.75 * np.log(1 - second)) / 2
+    assert float(model.loss(observations, target_B).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_frames_come_from_successes_and_failures_and_never_from_evaluation(

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner import LearnerConfig
-from rl_trainer.train import STATE, TrainConfig, _claim, cells_of, seed_of, train
+from rl_trainer.suite import cells_of
+from rl_trainer.tally import total
+from rl_trainer.train import STATE, TrainConfig, _claim, seed_of, train
 from rl_trainer.train_state import TrainState
 
 LISTED = {
@@ -40,9 +43,13 @@ def curve(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_continues_bit_for_bit(tiny_vla: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(
+    tiny_vla: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, parts = config_of(tmp_path / "whole", tiny_vla), config_of(tmp_path / "parts", tiny_vla)
     train(whole)
+    shown = capsys.readouterr().out
+    assert shown.startswith("learner") and shown.index("each worker: up to") < shown.index("iteration 0")
     train(replace(parts, iterations=1))
     train(replace(parts, resume=True))
     (first, expected), (second, got) = (TrainState.load(config.out / STATE) for config in (whole, parts))
@@ -57,7 +64,14 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_vla: Path, tmp_path: Path) -> 
         assert a["logprob_gap"] < 1e-4
     evaluated = [row["step"] for row in curve(whole.out) if "success/evaluate" in row]
     assert evaluated == [0, 2]
-    assert (whole.out / "last" / "config.json").exists() and (whole.out / "curve.png").exists()
+    assert all(row["seconds/evaluate"] > 0 for row in curve(whole.out) if "success/evaluate" in row)
+    assert total(curve(whole.out), "train").episodes == 4 and total(curve(whole.out), "evaluate").episodes == 2
+    probabilities = [[row["probability/robosuite/0"] for row in of_run] for of_run in rows]
+    assert probabilities[0] == probabilities[1] == pytest.approx([1.0, 1.0])
+    assert (whole.out / "last" / "config.json").exists()
+    for config in (whole, parts):
+        assert (config.out / "report" / "index.html").exists()
+        assert len(read_webp(config.out / "report" / "robosuite-0.webp")) > HOLD
     with pytest.raises(ValueError, match="rollouts was 2, got 4"):
         train(replace(parts, resume=True, rollouts=4))
     with pytest.raises(ValueError, match="already holds a run"):
@@ -96,6 +110,7 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
         ({"rollouts": 5, "group": 2}, "whole groups of 2, got 5"),
         ({"learner": LearnerConfig(advantage="grpo")}, "group must be >= 2, got 1"),
         ({"server": "localhost:1"}, "server and admin are given together"),
+        ({"device": "cuda:1"}, "device must be cpu, cuda or auto where the run is placed, got 'cuda:1'"),
     ],
 )
 def test_a_run_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:

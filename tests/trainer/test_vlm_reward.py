@@ -121,16 +121,16 @@ def test_a_prediction_is_the_share_of_1_against_0_among_the_next_tokens(
 def test_a_step_of_the_adapter_alone_lowers_the_loss_and_what_is_saved_predicts_the_same(
     model: VlmReward, observations: list[Prepared], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    parameters, positive_B = model.parameters(), np.array([True, False])
+    parameters, target_B = model.parameters(), np.array([1.0, 0.0])
     assert parameters and all("lora_" in name for name in parameters)
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in parameters}
     assert {"q_proj", "down_proj", "qkv", "fc1"} <= adapted and "lm_head" not in adapted
     optimizer = Optimizer(parameters, weight_decay=0.0, clip_norm=1.0, ema=0)
-    fresh, loss = model.predict(observations), model.loss(observations, positive_B)
+    fresh, loss = model.predict(observations), model.loss(observations, target_B)
     loss.backward()
     optimizer.collect_gradients()
     optimizer.step(1e-2)
-    assert model.loss(observations, positive_B).item() < loss.item()
+    assert model.loss(observations, target_B).item() < loss.item()
     model.save(tmp_path / "vlm")
     loaded = VlmReward.load(tmp_path / "vlm", checkpoint.config, checkpoint.tokenizer)
     assert (loaded.predict(observations) == model.predict(observations)).all()

@@ -108,14 +108,28 @@ def test_padding_the_prompt_changes_nothing(checkpoint: Checkpoint, rng: np.rand
 
 
 def test_scores_read_the_last_prompt_token_of_each_row(checkpoint: Checkpoint, rng: np.random.Generator):
-    """The critic's state: it differs from observation to observation, and is blind to the actions."""
-    prompts = collate([request.prepared for request in random_requests(checkpoint, 6, rng)])
+    """The critic's state: it differs from observation to observation, and is blind to the actions and to padding."""
+    prepared = [request.prepared for request in random_requests(checkpoint, 6, rng)]
+    prompts = collate(prepared)
     begin, tokens = checkpoint.config.action_begin, checkpoint.config.action_tokens
     with torch.inference_mode():
         one = checkpoint.model(prompts, torch.full((6, tokens), begin)).hidden_BD
         other = checkpoint.model(prompts, torch.full((6, tokens), begin + 99)).hidden_BD
+        read = checkpoint.model.read(prompts)
+        alone = [checkpoint.model(collate([single]), torch.full((1, tokens), begin)).hidden_BD for single in prepared]
     assert torch.cdist(one, one).add(torch.eye(6)).min() > 1e-2
     assert torch.equal(one, other)
+    assert (read - one).abs().max() < LOGITS_BOUND  # a pass over the prompts alone reads the same
+    assert len({len(single.input_ids) for single in prepared}) > 1, "some rows are padded"
+    assert (torch.cat(alone) - one).abs().max() < LOGITS_BOUND
+
+
+def test_hidden_states_from_a_slot_on_are_those_of_all_slots(checkpoint: Checkpoint, rng: np.random.Generator):
+    prompts = collate([request.prepared for request in random_requests(checkpoint, 3, rng)])
+    ids = torch.full((3, 5), checkpoint.config.action_begin + 9)
+    with torch.inference_mode():
+        every, some = checkpoint.model.hidden(prompts, ids), checkpoint.model.hidden(prompts, ids, first=7)
+    assert (every[:, 7:] - some).abs().max() < LOGITS_BOUND
 
 
 def test_deterministic_answers_are_bitwise_the_same_for_any_neighbours(

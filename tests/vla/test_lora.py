@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from policy_server.vla.checkpoint import Checkpoint, CheckpointError, fingerprint
 from policy_server.vla.decoding import decode
 from policy_server.vla.lora import apply_lora, load_lora, lora_tensors, merge_lora, save_lora
+from policy_server.vla.lora_linear import LoRALinear
 from policy_server.vla.model import VLA, Prompts, collate
 from tests.vla.requests import random_requests
 
@@ -87,6 +88,32 @@ def test_only_the_adapter_is_trained(nano: Checkpoint, prompts: Prompts):
     optimizer.step()
     assert all(torch.equal(tensor, adapted.state_dict()[name]) for name, tensor in base.items())
     assert any(tensor.abs().max() > 0 for name, tensor in lora_tensors(adapted).items() if "lora_B" in name)
+
+
+def test_an_adapter_of_the_decoder_alone_leaves_image_tokens_as_they_are(nano: Checkpoint, tmp_path: Path):
+    adapted = copy.deepcopy(nano.model)
+    parameters = apply_lora(adapted, rank=4, alpha=8, vision=False)
+    assert adapted.vision_is_frozen and not nano.model.vision_is_frozen
+    assert parameters and not any("vision_backbone" in n or ".projector." in n for n in lora_tensors(adapted))
+    save_lora(adapted, tmp_path)
+    load_lora(loaded := copy.deepcopy(nano.model), tmp_path)
+    assert set(lora_tensors(loaded)) == set(lora_tensors(adapted))
+
+
+def test_an_adapter_of_a_bfloat16_layer_computes_in_bfloat16_and_learns_in_float32():
+    torch.manual_seed(0)
+    exact = LoRALinear(torch.nn.Linear(32, 24), rank=4, alpha=8, dropout=0.0)
+    exact.lora_B.data.normal_(std=0.2)
+    half = copy.deepcopy(exact)
+    half.weight.data, half.bias.data = half.weight.data.bfloat16(), half.bias.data.bfloat16()
+    x = torch.randn(16, 32)
+    out, expected = half(x.bfloat16()), exact(x)
+    assert out.dtype == torch.bfloat16 and (out - expected).abs().max() < 0.02 * expected.abs().max()
+    out.float().square().sum().backward()
+    expected.square().sum().backward()
+    for name in ("lora_A", "lora_B"):
+        got, wanted = getattr(half, name).grad, getattr(exact, name).grad
+        assert got.dtype == torch.float32 and (got - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_an_adapter_that_is_not_merged_decodes_as_the_merged_one(nano: Checkpoint, rng: np.random.Generator):

@@ -1,0 +1,123 @@
+"""What a run asks of its server and says of itself: the real loop, a tiny policy, a worker without a simulator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from policy_server.version_store import VersionStore
+from policy_server.vla.policy import Policy
+from policy_server.vla_model import VlaModel
+from protos import episode_pb2
+from protos.episode_file import Episode, read_episode
+from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.train import TrainConfig, train
+from tests.server.running import RunningServer, serving
+from tests.trainer.fake_worker import DECISIONS, TICKS, working
+
+ROLLOUTS, HELD_OUT = 3, 2
+
+
+@contextmanager
+def practice(model: Path, folder: Path) -> Iterator[RunningServer]:
+    policy = VlaModel(Policy.load(model), name="tiny", max_batch=8)
+    store = VersionStore(None, first=policy.device_fingerprint)
+    with (
+        serving(policy, max_batch=8, queue=64, versions=store, admin_port=0, episodes=folder) as server,
+        working(server),
+    ):
+        yield server
+
+
+def config_of(folder: Path, model: Path, server: str, admin: str, **changes) -> TrainConfig:
+    settings = {
+        "suite": "robosuite",
+        "tasks": (0,),
+        "model": str(model),
+        "iterations": 2,
+        "rollouts": ROLLOUTS,
+        "evaluate_every": 1,
+        "evaluate_states": HELD_OUT,
+        "learner": LearnerConfig(warm_up=0, learning_rate=1e-3, minibatch=4, target_kl=0.0),
+    }
+    return TrainConfig(out=folder / "run", server=server, admin=admin, **settings | changes)
+
+
+def run(folder: Path, model: Path, **changes) -> tuple[list[dict], dict[str, list[Episode]]]:
+    """The rows of the curve, and the episodes by the name that their rollouts have in the run."""
+    with practice(model, folder / "episodes") as server:
+        train(config_of(folder, model, server.address, server.admin_address, **changes))
+    rows = [json.loads(line) for line in (folder / "run" / "curve.jsonl").read_text().splitlines()]
+    found: dict[str, list[Episode]] = {}
+    for path in sorted((folder / "episodes").glob("*.episode")):
+        episode = read_episode(path)
+        found.setdefault(episode.start.rollout_id.split("/")[1], []).append(episode)
+    return rows, found
+
+
+def versions(episodes: list[Episode]) -> set[int]:
+    return {decision.chunk.version for episode in episodes for decision in episode.decisions}
+
+
+def states(*episodes: list[Episode]) -> set[str]:
+    return {episode.start.initial_state for some in episodes for episode in some}
+
+
+def test_a_run_practises_with_what_it_published_and_measures_greedily_on_other_states(
+    tiny_vla: Path, tmp_path: Path
+) -> None:
+    """Defects 1, 9, 10 and 12, seen from outside."""
+    rows, found = run(tmp_path, tiny_vla)
+    practised, measured = [found["0"], found["1"]], [found[f"evaluate-{number}"] for number in range(3)]
+    assert [versions(some) for some in practised] == [{0}, {1}], "each with the weights of the update before"
+    assert [versions(some) for some in measured] == [{0}, {1}, {2}]
+    for some, purpose, temperature in [
+        *((some, episode_pb2.PURPOSE_TRAIN, 1.0) for some in practised),
+        *((some, episode_pb2.PURPOSE_EVALUATE, 0.0) for some in measured),
+    ]:
+        for episode in some:
+            assert episode.start.purpose == purpose
+            assert {decision.chunk.temperature for decision in episode.decisions} == {temperature}
+    assert all(len(states(some)) == HELD_OUT for some in measured)
+    assert not states(*practised) & states(*measured)
+
+    iterations = [row for row in rows if "success/train" in row]
+    assert all(row["logprob_gap"] < 1e-4 for row in iterations), "the server has the learner's weights"
+    for number, row in enumerate(iterations, 1):
+        assert row["episodes"] == number * ROLLOUTS, "practice only: evaluation counts nowhere"
+        assert row["decisions"] == row["episodes"] * DECISIONS
+        assert row["environment_steps"] == row["episodes"] * TICKS
+        assert row["optimiser_steps"] == number * 4, "2 epochs of 6 decisions in parts of about 4"
+    times = [row["wall_clock_s"] for row in iterations]
+    assert 0 < times[0] < times[1]
+
+
+def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, tmp_path: Path) -> None:
+    rows, found = run(tmp_path, tiny_vla, overlap=True, iterations=4, evaluate_every=0)
+    assert [versions(found[str(number)]) for number in range(4)] == [{0}, {0}, {1}, {2}]
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+    assert set(found) == {"0", "1", "2", "3"}, "nothing is asked for that nobody will learn from"
+
+
+def test_a_run_that_would_be_measured_on_what_it_practises_is_refused(tiny_vla: Path, tmp_path: Path) -> None:
+    """Defect 9."""
+    config = config_of(tmp_path, tiny_vla, "127.0.0.1:1", "127.0.0.1:1", evaluate_split="train")
+    with pytest.raises(ValueError, match="must not share states, both have"):
+        train(config)
+
+
+def test_a_run_that_fails_within_an_update_does_not_wait_for_its_other_ranks(
+    tiny_vla: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """They wait for its gradient, for as long as half a day; a collective call of another kind would never meet it."""
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tiny_vla, ranks=2, iterations=1, evaluate_every=0)
