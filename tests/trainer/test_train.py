@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rl_trainer.learner import LearnerConfig
-from rl_trainer.train import STATE, TrainConfig, cells_of, seed_of, train
+from rl_trainer.ranks import Ranks
+from rl_trainer.train import STATE, TrainConfig, _learner, cells_of, seed_of, train
 from rl_trainer.train_state import TrainState
 
 LISTED = {
@@ -62,6 +63,14 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_vla: Path, tmp_path: Path) -> 
         train(replace(parts, resume=True, rollouts=4))
     with pytest.raises(ValueError, match="already holds a run"):
         train(parts)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_frozen_vision_leaves_the_rest_to_be_trained(tiny_vla: Path, tmp_path: Path, lora_rank: int) -> None:
+    config = config_of(tmp_path, tiny_vla, freeze_vision=True, lora_rank=lora_rank)
+    learner, _ = _learner(config, Ranks())
+    trained = {name.split(".")[0] for name, p in learner.model.named_parameters() if p.requires_grad}
+    assert trained == {"language_model", "state_projector"} and learner.model.vision_is_frozen
 
 
 def test_cells_are_all_states_of_the_split_or_the_first_of_each_task() -> None:
