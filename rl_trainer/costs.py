@@ -241,6 +241,7 @@ def saved_bytes(model: VLA, *, rows: int, prompt_tokens: int) -> int:
         input_ids_BL=torch.zeros((rows, prompt_tokens), dtype=torch.int64, device=device),
         lengths_B=torch.full((rows,), prompt_tokens, device=device),
         states_BS=torch.zeros((rows, config.state_dim), device=device) if config.state_dim else None,
+        shortest=prompt_tokens,
     )
     ids_BN = torch.full((rows, config.action_tokens), config.action_begin, device=device)
     held = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,12 +36,15 @@ class Prompts:
     """int64: ids of each row that are no padding"""
     states_BS: torch.Tensor | None
     """float32, normalised; None for a model without state"""
+    shortest: int = 1
+    """ids of the shortest row, or fewer: known here, so that nobody has to wait for the device to say"""
     image_tokens_BCD: torch.Tensor | None = None
     """what VLA.image_tokens() gives for the images, where somebody knows it already"""
 
     def to(self, device: torch.device | str) -> Prompts:
         known = self.image_tokens_BCD
-        return Prompts(
+        return replace(
+            self,
             images_BHW3=self.images_BHW3.to(device),
             input_ids_BL=self.input_ids_BL.to(device),
             lengths_B=self.lengths_B.to(device),
@@ -62,6 +65,7 @@ def collate(prepared: Sequence[Prepared], *, prompt_length: int | None = None) -
         input_ids_BL=torch.from_numpy(input_ids),
         lengths_B=torch.tensor(lengths),
         states_BS=torch.from_numpy(np.stack(states)) if states else None,
+        shortest=min(lengths),
     )
 
 
@@ -174,7 +178,7 @@ class VLA(nn.Module):
     def _read(self, prompts: Prompts, action_ids_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states at the last prompt token (B, D), and at the action tokens (B, N, D)."""
         last_B = prompts.lengths_B + self.config.num_context_tokens - 1
-        first = int(last_B.min())  # nobody reads what comes before
+        first = prompts.shortest + self.config.num_context_tokens - 1  # nobody reads what comes before
         hidden = self.hidden(prompts, action_ids_BN, first)
         slots = prompts.input_ids_BL.shape[1] + self.config.num_context_tokens
         return hidden[torch.arange(len(last_B), device=last_B.device), last_B - first], hidden[:, slots - first :]

@@ -14,7 +14,6 @@ from policy_server.vla.checkpoint import load_checkpoint, load_config
 from policy_server.vla.preprocessing import Preprocessor
 from rl_trainer.__main__ import main
 from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
-from rl_trainer.critic import Critic
 from rl_trainer.devices import find_machine
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
@@ -97,7 +96,7 @@ def test_sampled_trajectories_are_what_the_policy_would_do(tiny_vla: Path, tmp_p
     observations = [preprocessor.prepare(image, "stack", np.full(8, 0.1 * n, np.float32)) for n in range(6)]
     trajectories = sampled_trajectories(checkpoint.model, observations, temperature=0.5, per_trajectory=4)
     assert [(len(one), one.success, one.rewards_T.sum()) for one in trajectories] == [(4, False, 0), (2, True, 1)]
-    learner = Learner(checkpoint.model, Critic(32), LearnerConfig(warm_up=0, minibatch=8, epochs=1))
+    learner = Learner(checkpoint.model, LearnerConfig(warm_up=0, minibatch=8, epochs=1))
     assert learner.update(trajectories, version=0)["logprob_gap"] < 1e-4
 
 

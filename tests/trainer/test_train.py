@@ -11,9 +11,10 @@ import torch
 
 from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner import LearnerConfig
+from rl_trainer.ranks import Ranks
 from rl_trainer.suite import cells_of
 from rl_trainer.tally import total
-from rl_trainer.train import STATE, TrainConfig, _claim, seed_of, train
+from rl_trainer.train import STATE, TrainConfig, _claim, make_learner, seed_of, train
 from rl_trainer.train_state import TrainState
 
 LISTED = {
@@ -86,6 +87,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert _claim(replace(run, resume=True)) == run
     (run.out / STATE).touch()
     assert _claim(replace(run, resume=True)).resume
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_frozen_vision_leaves_the_rest_to_be_trained(tiny_vla: Path, tmp_path: Path, lora_rank: int) -> None:
+    config = config_of(tmp_path, tiny_vla, freeze_vision=True, lora_rank=lora_rank)
+    learner, _ = make_learner(config, Ranks())
+    trained = {name.split(".")[0] for name, p in learner.model.named_parameters() if p.requires_grad}
+    assert trained == {"language_model", "state_projector"} and learner.model.vision_is_frozen
 
 
 def test_cells_are_all_states_of_the_split_or_the_first_of_each_task() -> None:
