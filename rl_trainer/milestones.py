@@ -33,7 +33,8 @@ FINGERS = ("finger_left", "finger_right")
 class MilestoneConfig:
     """What counts as a step of the task."""
 
-    rule: Literal["keyframes", "window", "progress"] = "keyframes"
+    rule: Literal["keyframes", "window", "progress"] = "progress"
+    """progress is for rewards shaped by a potential, the other two for the paper's plain sum"""
     gripper_m_s: float = 0.03
     """keyframes and progress: fingers that open or close faster than this are moving"""
     still_m_s: float = 0.06

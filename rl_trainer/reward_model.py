@@ -1,8 +1,8 @@
 """Process reward models: `python -m rl_trainer reward-model --data DIR --out DIR`.
 
-Trained on frames of episodes to tell which show a milestone (milestones.py); frozen while the policy learns from what
-it says (shaping.py).  Leaves in --out: the model, reward.json (which rule, what was measured on held-out episodes) and
-curve.jsonl.
+Trained on frames of episodes to tell how much is done, or which show a milestone (milestones.py); frozen while the
+policy learns from what it says (shaping.py).  Leaves in --out: the model, reward.json (which rule, what was measured on
+held-out episodes) and curve.jsonl.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECORD = "reward.json"
 
 
 class RewardModel(Protocol):
-    """Says how probable it is that an observation shows a milestone."""
+    """Says how much of the task an observation shows to be done, or how probable it is that it shows a milestone."""
 
     def predict(self, observations: Sequence[Prepared]) -> np.ndarray:
         """float64 (n,) in [0, 1], of observations as the policy reads them."""
@@ -64,7 +64,8 @@ class RewardModelConfig:
     """Trains a process reward model on recorded episodes."""
 
     data: tuple[Path, ...]
-    """episode files or folders of them: successful ones, and failing ones where there are some"""
+    """episode files or folders of them: successful ones, and failing ones of a policy, whose frames are all labelled 0;
+    without those it takes any motion for progress (benchmarks/process_reward.py)"""
     out: Path
     """where the model goes"""
     policy: str = "nano"

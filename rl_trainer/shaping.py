@@ -1,9 +1,11 @@
 """Rewards of trajectories: the outcomes of their episodes, with what a reward model sees in between.
 
     potential   r + gamma^k Phi(s') - Phi(s), Phi = weight * predicted progress; 0 where the task ended, Phi of the
-                observation that a truncated trajectory was cut before.  The best policy stays what it was.
-    paper       r + weight for every decision whose observation is thought a milestone: VLA-RL's plain sum.  A policy
-                may earn more by dwelling at milestones than by finishing, hence the alarm (reward_alarm.py).
+                observation that a truncated trajectory was cut before.  The best policy stays what it was.  Give it
+                a model of the labels `progress` (milestones.py): one of milestones rises and falls along the way.
+    paper       r + weight for every decision whose observation is thought a milestone: VLA-RL's plain sum, for a model
+                of the labels `keyframes` or `window`.  A policy may earn more by dwelling at milestones than by
+                finishing, hence the alarm (reward_alarm.py).
     none        r
 
 Shapes: T decisions of one trajectory, n observations.
