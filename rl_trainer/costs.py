@@ -30,6 +30,8 @@ PATIENCE_S = 0.01
 """How long its batcher lets a request wait for others."""
 SERVED = 1.08
 """Over decoding alone, of a decision that comes by network and is stored (benchmarks/FIGURES.md)."""
+ASKED = 1.12
+"""Over ticks and frames alone, of a decision that a simulator asks for: safety gate, records, network; seen in runs."""
 HELD_VERSIONS = 5
 """Models in the server's memory: the first, the live one, two used lately, and the next being built."""
 MASTER_BYTES = 16
@@ -114,7 +116,7 @@ def collecting_s(episodes: int, ticks: float, frame_s: float, prices: Prices, ho
     """Wall time until so many episodes of `ticks` ticks on average are in, one frame a chunk of actions."""
     decisions = episodes * ticks / chunk
     between_s = chunk * prices.tick_s + frame_s
-    simulated_s = episodes * prices.reset_s + decisions * between_s
+    simulated_s = episodes * prices.reset_s + ASKED * decisions * between_s
     requests = requests_in_a_pass(between_s, prices.pass_s, prices.request_s, host)
     answer_s = SERVED * (prices.pass_s / requests + prices.request_s) + prices.prepare_s
     served_s = decisions * answer_s

@@ -74,21 +74,22 @@ def test_requests_that_come_while_one_pass_is_computed_share_the_next(
 
 
 def test_collecting_takes_the_cpu_seconds_of_all_parts_over_the_cores() -> None:
-    # 100 decisions of 8 ticks and a frame are 10 s, ten resets 2 s.  An answer is 1.08 (0.12 / 3 + 0.01) + 0.006.
+    # 100 decisions of 8 ticks and a frame are 1.12 * 10 s, ten resets 2 s; an answer is 1.08 (0.12 / 3 + 0.01) + 0.006.
     def seconds(**host: int) -> float:
         return collecting_s(10, 80.0, 0.06, PRICES, replace(HOST, **host), chunk=8)
 
-    assert seconds() == pytest.approx((12 + 6) / 2)
-    assert seconds(cores=16) == pytest.approx(6.0)  # either simulator, or the server, is waited for
-    assert collecting_s(10, 80.0, 0.06, replace(PRICES, slowdown=3.0), HOST, chunk=8) == pytest.approx(27.0)
+    assert seconds() == pytest.approx((13.2 + 6) / 2)
+    assert seconds(cores=16) == pytest.approx(6.6)  # a simulator is waited for
+    assert seconds(cores=16, processes=4) == pytest.approx(1.08 * 100 * (0.12 / 8 + 0.01) + 0.6)  # and here the server
+    assert collecting_s(10, 80.0, 0.06, replace(PRICES, slowdown=3.0), HOST, chunk=8) == pytest.approx(28.8)
 
 
 def test_phases_are_sums_over_decisions_and_episodes() -> None:
     found = phases(SCHEDULE, PRICES, HOST)
-    assert found.collect_s == pytest.approx(9.0 + 100 * 0.006)  # the learner reads what was collected
+    assert found.collect_s == pytest.approx(9.6 + 100 * 0.006)  # the learner reads what was collected
     assert (found.learn_s, found.warm_learn_s, found.publish_s) == pytest.approx((3.0, 1.0, 0.5))
-    # Evaluations are drawn in full: 22 s of simulators; b = 0.24 / 0.18, an answer 1.08 (0.12 / b + 0.01) + 0.006.
-    assert found.evaluate_s == pytest.approx((22 + 100 * (1.08 * (0.09 + 0.01) + 0.006)) / 2)
+    # Evaluations are drawn in full: 2 s and 1.12 * 20 s of simulators; b = 0.24 / 0.18.
+    assert found.evaluate_s == pytest.approx((24.4 + 100 * (1.08 * (0.09 + 0.01) + 0.006)) / 2)
     assert found.start_s == pytest.approx(1.0 + 2 * 2 * 3.0 / 2)
 
 

@@ -116,7 +116,7 @@ def finished(run: Path) -> Path:
     rows = [
         {"step": 0, "seconds/evaluate": 99.0},
         {"step": 1, "seconds/collect": 99.0, "seconds/learn": 2.0, "seconds/publish": 0.4, "wall_clock_s": 200.0},
-        {"step": 2, "seconds/collect": 8.0, "seconds/learn": 4.0, "seconds/publish": 0.6, "wall_clock_s": 220.0},
+        {"step": 2, "seconds/collect": 10.0, "seconds/learn": 4.0, "seconds/publish": 0.6, "wall_clock_s": 220.0},
         {"step": 2, "seconds/evaluate": 20.0},
     ]
     rows[2] |= {"environment_steps": 800.0, "stopped_early": 1.0, **counts}
@@ -127,13 +127,13 @@ def finished(run: Path) -> Path:
 def test_a_finished_run_is_measured_without_what_its_start_cost(tmp_path: Path) -> None:
     config = config_of(tmp_path, learner=LearnerConfig(warm_up=1))
     run = measured_of(finished(tmp_path / "run"), config)
-    expected = {"collect": 8.0, "learn": 4.0, "learn, critic alone": 2.0, "publish": 0.5, "evaluate": 20.0}
+    expected = {"collect": 10.0, "learn": 4.0, "learn, critic alone": 2.0, "publish": 0.5, "evaluate": 20.0}
     assert run.seconds == expected
     assert (run.ticks, run.iterations, run.evaluations, run.run_s, run.stopped_early) == (40.0, 2, 1, 220.0, 1)
     lines = list(compared(replace(config, measured=tmp_path / "run"), SCHEDULE, PRICES, HOST, run))
     by_phase = {line[:22].strip(): line[22:].split() for line in lines[3:]}
-    # 9.6 s at 80 ticks; 5.3 at 40: 5 s and ten resets of simulators, 3 s of server, over two cores, and 0.3 of reading.
-    assert by_phase["collect"] == ["8.0", "9.6", "1.20", "5.3", "0.66"]
+    # 10.2 s at 80 ticks; at 40: 1.12 * 5 and 2 s of simulators, 3 s of server, over two cores, and 0.3 s of reading.
+    assert by_phase["collect"] == ["10.0", "10.2", "1.02", "5.6", "0.56"]
     assert by_phase["learn"] == ["4.0", "3.0", "0.75", "1.5", "0.38"]
     (tmp_path / "run" / "curve.jsonl").write_text('{"step": 0, "seconds/evaluate": 1.0}\n')
     with pytest.raises(ValueError, match="has no iteration"):
