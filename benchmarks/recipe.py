@@ -77,8 +77,8 @@ def measured(suite: str, temperature: float) -> tuple[Evaluation, ...]:
 
 
 # Tried beforehand on the train split of libero_goal: no temperature from 0.1 to 1 succeeds more often than another, and
-# below 0.5 rounding alone sets server and learner apart by more than 1e-4.  With minibatches of 64 noise moved the policy
-# beyond the target divergence within 15 to 30 of 128 steps, so that most of a batch was never learned from.
+# below 0.5 rounding alone sets server and learner apart by more than 1e-4.  With minibatches of 64, noise moved the
+# policy beyond the target divergence within 15 to 30 of 128 steps: most of a batch was never learned from.
 TEMPERATURE = 1.0
 PPO = (
     *("--temperature", str(TEMPERATURE), "--rollouts", "64", "--slots", "8", "--coarse-practice", "--ranks", "2"),
