@@ -15,14 +15,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from policy_server.vla.action_tokens import ActionTokens
-from policy_server.vla.config import VLAConfig
 from policy_server.vla.decoding import DecodeInput, decode
-from policy_server.vla.model import VLA, Prompts, collate
-from policy_server.vla.preprocessing import Prepared, Preprocessor
+from policy_server.vla.model import VLA, Prompts
 from policy_server.vla.tokenizer import Tokenizer
 from rl_trainer.augment import Augmentation, Draw, augment_images, augment_state, augment_tokens, draw
 from rl_trainer.imitation import Objective
 from rl_trainer.ranks import Ranks
+from rl_trainer.sample_reader import SampleReader
 from rl_trainer.samples import Samples
 
 VALIDATION_SAMPLES = 256
@@ -69,15 +68,11 @@ class Cloner:
         self.accumulate, self.autocast, self.seed = accumulate, autocast, seed
         self.device = model.device
         self.action_tokens = ActionTokens(model.config, unnorm_key)
-        preprocessor = Preprocessor(model.config, tokenizer, unnorm_key=unnorm_key)
-        self._frames = samples.frames()
-        self._prompts = [preprocessor.prompt_ids(instruction) for instruction in samples.instructions]
-        self._instruction_n = samples.instruction_n
-        self._state_nS = _model_state(preprocessor, samples, model.config)
+        self.reader = SampleReader(samples, model.config, tokenizer, unnorm_key=unnorm_key)
         self._actions_nKA = samples.actions_nKA
         self._labels_nN = torch.from_numpy(self.action_tokens.encode(samples.actions_nKA)).long()
         taught, held = np.flatnonzero(~samples.validation_n), np.flatnonzero(samples.validation_n)
-        self._state_std_S = torch.from_numpy(self._state_nS[taught].std(0))
+        self._state_std_S = torch.from_numpy(self.reader.state_nS[taught].std(0))
         self.order = BatchOrder(taught, min(batch_size, len(taught)), seed)
         self.validation_rows = np.random.default_rng(seed).permutation(held)[:VALIDATION_SAMPLES]
 
@@ -88,7 +83,7 @@ class Cloner:
         """
         self.model.train()
         rows = self.order(step)
-        sizes = len(rows), self._state_nS.shape[1], self.model.config.action_tokens
+        sizes = len(rows), self.reader.state_nS.shape[1], self.model.config.action_tokens
         drawn = draw(self.augmentation, *sizes, seed=self.seed, step=step)
         mine = self.ranks.part(len(rows))
         torch.manual_seed(self.seed * 1_000_003 + step * self.ranks.size + self.ranks.rank)  # dropout
@@ -96,7 +91,7 @@ class Cloner:
         for part in np.array_split(np.arange(mine.start, mine.stop), self.accumulate):
             if len(part):
                 cut = slice(int(part[0]), int(part[-1]) + 1)
-                prompts = self._augmented(self._collate(rows[cut]), drawn.part(cut))
+                prompts = self._augmented(self.reader.prompts(rows[cut]), drawn.part(cut))
                 with self._arithmetic():
                     loss = self._loss(prompts, rows[cut], drawn.part(cut)) * (len(part) / len(rows))
                 loss.backward()
@@ -119,10 +114,10 @@ class Cloner:
         for start in range(0, len(mine), VALIDATION_BATCH):
             rows = mine[start : start + VALIDATION_BATCH]
             labels_BN = self._labels_nN[rows].to(self.device)
-            logits_BNV = self.model(self._collate(rows).to(self.device), labels_BN).logits_BNV
+            logits_BNV = self.model(self.reader.prompts(rows).to(self.device), labels_BN).logits_BNV
             columns_BN = labels_BN - config.action_begin
             right_BKA = (logits_BNV.argmax(-1) == columns_BN).view(len(rows), -1, config.action_dim)
-            decoded = decode(self.model, [DecodeInput(prepared=self._prepared(row)) for row in rows])
+            decoded = decode(self.model, [DecodeInput(prepared=self.reader.prepared(row)) for row in rows])
             actions_BKA = self.action_tokens.decode(decoded.token_ids_BN)
             distance_A = np.abs(actions_BKA - self._actions_nKA[rows]).mean(1).sum(0)
             sums[0] += len(rows) * float(self.objective(logits_BNV, columns_BN))
@@ -155,31 +150,9 @@ class Cloner:
             with sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention is slow backwards in bfloat16
                 yield
 
-    def _prepared(self, row: int) -> Prepared:
-        state = self._state_nS[row] if self._state_nS.shape[1] else None
-        return Prepared(
-            image=np.asarray(self._frames[row]), input_ids=self._prompts[self._instruction_n[row]], state=state
-        )
-
-    def _collate(self, rows: np.ndarray) -> Prompts:
-        return collate([self._prepared(row) for row in rows])
-
     def _augmented(self, prompts: Prompts, drawn: Draw) -> Prompts:
         images = augment_images(prompts.images_BHW3, drawn)
         if prompts.states_BS is None:
             return replace(prompts, images_BHW3=images)
         states = augment_state(prompts.states_BS, self._state_std_S, self.augmentation.state_noise, drawn)
         return replace(prompts, images_BHW3=images, states_BS=states)
-
-
-def _model_state(preprocessor: Preprocessor, samples: Samples, config: VLAConfig) -> np.ndarray:
-    """float32 (n, S) as the model reads it; S is 0 for a model without state."""
-    if config.state_dim == 0:
-        return np.zeros((len(samples), 0), np.float32)
-    if config.state_names and samples.state_names and config.state_names != samples.state_names:
-        raise ValueError(
-            f"the model reads the state {config.state_names}, the demonstrations have {samples.state_names}"
-        )
-    state_nS = preprocessor.state(samples.state_nS)
-    assert state_nS is not None
-    return state_nS

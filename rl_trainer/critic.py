@@ -40,13 +40,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, hidden_BD: torch.Tensor, *, detach: bool = False) -> torch.Tensor:
-        """float32 (B,).
-
-        hidden_BD: Scores.hidden_BD.  detach: the gradient ends here, and the policy stays as it is.
-        """
-        x_BD = (hidden_BD.detach() if detach else hidden_BD).float()
-        return self.value(nn.functional.silu(self.hidden(x_BD)))[:, 0]
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """float32 (B,) of Scores.hidden_BD."""
+        return self.value(nn.functional.silu(self.hidden(hidden_BD.float())))[:, 0]
 
     def read(self, prompts: Prompts) -> torch.Tensor:
         """float32 (B,), by a pass of the critic's own backbone."""

@@ -41,7 +41,7 @@ class BadDemonstration(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One successful episode."""
+    """One episode."""
 
     name: str
     """unique: the episode id, or file and demo of an HDF5 source"""
@@ -73,6 +73,8 @@ class Source:
     """HDF5 keeps a frame for every tick; every n-th becomes a decision"""
     drop_no_ops: bool = False
     """leave out HDF5 ticks without motion, as the published OpenVLA data sets do"""
+    failed: bool = False
+    """also episodes that ended otherwise than in success: for labels that are not what was executed"""
 
     def files(self) -> list[Path]:
         """Every demonstration file, sorted.  Raises FileNotFoundError when a path has none."""
@@ -104,7 +106,7 @@ class Source:
 
     def _from_episode(self, path: Path, refused: Counter[str]) -> Iterator[Demonstration]:
         episode = read_episode(path)
-        if (reason := refusal(episode)) is not None:
+        if (reason := refusal(episode, failed=self.failed)) is not None:
             refused[reason] += 1
         else:
             yield demonstration_from_episode(episode, self.camera)
@@ -123,11 +125,11 @@ class Source:
             raise BadDemonstration(f"not in LIBERO's HDF5 layout: {error}") from error
 
 
-def refusal(episode: Episode) -> str | None:
+def refusal(episode: Episode, *, failed: bool = False) -> str | None:
     """Why an episode may not be cloned, or None.  Evaluation episodes never enter training."""
     if episode.start.purpose not in PURPOSES:
         return episode_pb2.Purpose.Name(episode.start.purpose).lower()
-    if episode.end.outcome != episode_pb2.OUTCOME_SUCCESS:
+    if episode.end.outcome != episode_pb2.OUTCOME_SUCCESS and not failed:
         return episode_pb2.Outcome.Name(episode.end.outcome).lower()
     return None if episode.decisions and episode.ticks else "empty"
 

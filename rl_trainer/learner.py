@@ -1,8 +1,9 @@
-"""One iteration of learning: values, advantages, then epochs of clipped updates over what the policy did.
+"""One iteration of learning: values, advantages, epochs of the critic, epochs of clipped updates of the policy.
 
-One backbone pass serves policy and critic where they share it.  Everything random is a function of (seed, iteration,
-epoch), so that ranks and resumed runs agree without saving a generator; every rank calls update() with the same
-trajectories, computes its part, and ends with the same weights.
+A critic that shares the policy's backbone learns from the hidden states of the pass that scored the batch: its epochs
+cost next to nothing, and go on where the policy's divergence stops the policy.  Everything random is a function of
+(seed, iteration, epoch), so that ranks and resumed runs agree without saving a generator; every rank calls update()
+with the same trajectories, computes its part, and ends with the same weights.
 
 Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = K*A action tokens.
 """
@@ -28,8 +29,11 @@ from rl_trainer.trajectories import Trajectory
 
 LOOK_BATCH = 64
 """Decisions of one pass without gradients."""
-MEASURES = ("policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "entropy", "reference_kl")
-"""What adds up over the parts of a minibatch."""
+MEASURES = {
+    "critic": ("value_loss",),
+    "policy": ("policy_loss", "ratio", "approx_kl", "clip_fraction", "entropy", "reference_kl"),
+}
+"""Who learns, and what adds up for it over the parts of a minibatch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +52,13 @@ class LearnerConfig:
     critic_rank: int = 16
     """of lora's adapter"""
     critic_learning_rate: float = 3e-4
+    critic_epochs: int = 4
+    critic_minibatch: int = 64
+    """decisions of one optimiser step of the critic's, over all ranks"""
     critic_gradient: bool = False
-    """the value loss also shapes the backbone that is shared"""
+    """the value loss also shapes the backbone that is shared: once warm, the critic learns in the policy's steps"""
     critic_weight: float = 0.5
-    """of the value loss beside the policy's"""
+    """of that value loss beside the policy's"""
     warm_up: int = 2
     """first iterations, in which the critic alone learns"""
     epochs: int = 2
@@ -79,7 +86,7 @@ class LearnerConfig:
                 f"critic must be shared with critic_gradient, and where no critic learns, got {self.critic!r} with"
                 f" critic_gradient {self.critic_gradient} and advantage {self.advantage!r}"
             )
-        for name in ("epochs", "minibatch", "microbatch", "critic_rank"):
+        for name in ("epochs", "minibatch", "microbatch", "critic_epochs", "critic_minibatch", "critic_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("learning_rate", "critic_learning_rate", "warm_up", "target_kl", "critic_weight"):
@@ -246,46 +253,64 @@ class Learner:
     def _learn(
         self, batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
     ) -> dict[str, float]:
-        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included."""
-        config, measured = self.config, defaultdict[str, list[float]](list)
+        """The critic's steps and the policy's; means of what they measured."""
+        gae, work = self.config.advantage == "gae", (batch, looked, advantage_n, target_n)
         self.model.train()
-        steps = minibatches(
-            len(batch), config.minibatch, epochs=config.epochs, seed=self.seed, iteration=self.iteration
-        )
-        stopped = False
-        for rows in steps:
-            metrics = self._gradient(batch, looked, rows, advantage_n, target_n)
-            stopped = not self.warming_up and 0 < config.target_kl < metrics["approx_kl"]
-            metrics |= {} if stopped else self._step()
+        metrics = dict[str, float]()
+        if gae and (self.warming_up or not self.config.critic_gradient):
+            metrics |= self._epochs(("critic",), *work)
+        if not self.warming_up:
+            metrics |= self._epochs(("policy", "critic") if gae and self.config.critic_gradient else ("policy",), *work)
+        return metrics | {"optimiser_steps": float(self.steps)}
+
+    def _epochs(
+        self, who: Sequence[str], batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
+    ) -> dict[str, float]:
+        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included."""
+        config, measured, stopped = self.config, defaultdict[str, list[float]](list), False
+        size, epochs = config.minibatch, config.epochs
+        if "policy" not in who:
+            size, epochs = config.critic_minibatch, config.critic_epochs
+        for rows in minibatches(len(batch), size, epochs=epochs, seed=self.seed, iteration=self.iteration):
+            metrics = self._gradient(who, batch, looked, rows, advantage_n, target_n)
+            stopped = 0 < config.target_kl < metrics.get("approx_kl", 0)
+            metrics |= {} if stopped else self._step(who)
             for name, value in metrics.items():
                 measured[name].append(value)
             if stopped:
-                for optimizer in self._optimizers().values():
-                    optimizer.forget()
+                for owner in who:
+                    self._optimizers()[owner].forget()
                 break
         means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
-        return means | {"stopped_early": float(stopped), "optimiser_steps": float(self.steps)}
+        return means | ({"stopped_early": float(stopped)} if "policy" in who else {})
 
     def _gradient(
-        self, batch: Batch, looked: Looked, rows: np.ndarray, advantage_n: torch.Tensor, target_n: torch.Tensor
+        self,
+        who: Sequence[str],
+        batch: Batch,
+        looked: Looked,
+        rows: np.ndarray,
+        advantage_n: torch.Tensor,
+        target_n: torch.Tensor,
     ) -> dict[str, float]:
         """Adds the minibatch's gradient, over all ranks, and gives its measures."""
         counts = Counts.of(batch.mask_nN[rows].numpy(), self.model.config.action_dim)
         mine = rows[self.ranks.part(len(rows))]
-        sums: dict[str, float] = dict.fromkeys(MEASURES, 0.0)
+        sums = dict.fromkeys([measure for owner in who for measure in MEASURES[owner]], 0.0)
         for part in looked.prompts.parts(mine, self.config.microbatch):
-            loss = self._loss(batch, looked, part, advantage_n[part], target_n[part], counts)
+            loss = self._loss(who, batch, looked, part, advantage_n[part], target_n[part], counts)
             if loss.total.requires_grad:
                 loss.total.backward()
             for name, value in loss.metrics.items():
                 sums[name] += float(value)
-        for optimizer in self._learning().values():
-            self.ranks.sum(optimizer.collect_gradients())
+        for owner in who:
+            self.ranks.sum(self._optimizers()[owner].collect_gradients())
         total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
         return dict(zip(sums, total.tolist(), strict=True))
 
     def _loss(
         self,
+        who: Sequence[str],
         batch: Batch,
         looked: Looked,
         part: np.ndarray,
@@ -293,9 +318,12 @@ class Learner:
         target_B: torch.Tensor,
         counts: Counts,
     ) -> Loss:
-        """Of a part of a minibatch: the critic's and, once it is warm, the policy's."""
+        """Of a part of a minibatch."""
+        if "policy" not in who:
+            return self._value_loss(self._values_apart(looked, part), looked, part, target_B, counts)
         config, device = self.config, self.model.device
-        policy, values_B = self._now(batch, looked, part)
+        asked = (batch.token_ids_nN[part], batch.temperature_n[part], batch.mask_nN[part])
+        policy = self._opinion(self.model, looked.prompts(part), *asked)
         loss = ppo_loss(
             policy.logprobs_BN,
             batch.behaviour_nN[part].to(device),
@@ -307,29 +335,24 @@ class Learner:
             entropy_BN=policy.entropy_BN,
             reference_BN=None if looked.reference_nN is None else looked.reference_nN[part].to(device),
         )
-        if config.advantage != "gae":
+        if "critic" not in who:
             return loss
-        value = value_loss(
-            values_B,
-            torch.from_numpy(looked.values_n[part]).float().to(device),
-            target_B.to(device),
-            config=config.loss,
-            counts=counts,
-        )
-        total = value.total if self.warming_up else loss.total + config.critic_weight * value.total
-        return Loss(total=total, metrics=loss.metrics | value.metrics)
+        value = self._value_loss(self.critic(policy.hidden_BD), looked, part, target_B, counts)
+        return Loss(total=loss.total + config.critic_weight * value.total, metrics=loss.metrics | value.metrics)
 
-    def _now(self, batch: Batch, looked: Looked, part: np.ndarray) -> tuple[Opinion, torch.Tensor]:
-        """The policy's opinion of a part, and the critic's values (B,)."""
-        # Until the critic is warm the policy is what it was when it looked: no pass says anything new.
-        known = looked.policy.of(part, self.model.device) if self.warming_up else None
-        if known is not None and self.critic.backbone is None:
-            return known, self.critic(known.hidden_BD)
-        with torch.set_grad_enabled(known is None):
+    def _value_loss(
+        self, values_B: torch.Tensor, looked: Looked, part: np.ndarray, target_B: torch.Tensor, counts: Counts
+    ) -> Loss:
+        recorded_B = torch.from_numpy(looked.values_n[part]).float().to(values_B.device)
+        return value_loss(values_B, recorded_B, target_B.to(values_B.device), config=self.config.loss, counts=counts)
+
+    def _values_apart(self, looked: Looked, part: np.ndarray) -> torch.Tensor:
+        """float32 (B,), of which no gradient reaches the policy."""
+        if self.critic.backbone is None:
+            return self.critic(looked.policy.hidden_BD[part].to(self.model.device))
+        with torch.no_grad():
             prompts = looked.prompts(part)
-        asked = (batch.token_ids_nN[part], batch.temperature_n[part], batch.mask_nN[part])
-        policy = known or self._opinion(self.model, prompts, *asked)
-        return policy, self._values(prompts, policy.hidden_BD)
+        return self.critic.read(prompts)
 
     def _opinion(
         self, model: VLA, prompts: Prompts, ids_BN: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
@@ -348,22 +371,15 @@ class Learner:
 
     def _values(self, prompts: Prompts, hidden_BD: torch.Tensor) -> torch.Tensor:
         """float32 (B,)"""
-        if self.critic.backbone is not None:
-            return self.critic.read(prompts)
-        return self.critic(hidden_BD, detach=not self.config.critic_gradient)
+        return self.critic(hidden_BD) if self.critic.backbone is None else self.critic.read(prompts)
 
-    def _learning(self) -> dict[str, Optimizer]:
-        """The optimisers that step now."""
-        learns = {"policy": not self.warming_up, "critic": self.config.advantage == "gae"}
-        return {owner: optimizer for owner, optimizer in self._optimizers().items() if learns[owner]}
-
-    def _step(self) -> dict[str, float]:
-        """One optimiser step of whatever learns now; the norms of the gradients."""
-        self.steps += 1
-        learning, norms = self._learning(), {}
-        if "critic" in learning:
+    def _step(self, who: Sequence[str]) -> dict[str, float]:
+        """One optimiser step of whoever learns; the norms of the gradients."""
+        norms = dict[str, float]()
+        if "critic" in who:
             norms["critic_gradient_norm"] = self.critic_optimizer.step(self.config.critic_learning_rate)
-        if "policy" in learning:
+        if "policy" in who:
+            self.steps += 1
             norms["gradient_norm"] = self.policy_optimizer.step(self.config.learning_rate)
         return norms
 
@@ -378,6 +394,7 @@ def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version
     gap = (looked.policy.logprobs_BN - batch.behaviour_nN)[mine][batch.mask_nN[mine]].abs()
     return {
         "value": float(looked.values_n.mean()),
+        "entropy": float(looked.policy.entropy_BN[batch.mask_nN].mean()),
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
         # Overlapped episodes are all of an older version: then nothing was compared.
         "logprob_gap": float(gap.max()) if len(gap) else float("nan"),

@@ -35,6 +35,7 @@ from rl_trainer.plots import Draw, Row, lines, picture, write_png
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.run_state import RunState
 from rl_trainer.samples import Samples, collect_samples
+from rl_trainer.teacher import relabelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class SftConfig:
     """where checkpoints and curves go"""
     init: str = "nano"
     """nano (fresh weights, a tokenizer built from the instructions), or the folder or hub id of a checkpoint"""
+    teacher: str = ""
+    """nano, or the folder or hub id of a policy, whose greedy actions are the labels: then failed episodes teach too"""
     minutes: float | None = None
     """wall time of the whole run; the schedule follows it"""
     steps: int | None = None
@@ -148,7 +151,11 @@ def _claim(config: SftConfig) -> None:
 
 def _collect(config: SftConfig, frames_file: Path) -> Samples:
     source = Source(
-        paths=config.data, camera=config.camera, hdf5_stride=config.hdf5_stride, drop_no_ops=config.drop_no_ops
+        paths=config.data,
+        camera=config.camera,
+        hdf5_stride=config.hdf5_stride,
+        drop_no_ops=config.drop_no_ops,
+        failed=bool(config.teacher),
     )
     images, chunk_length = _image_reader(config)
     refused: Counter[str] = Counter()
@@ -161,7 +168,7 @@ def _collect(config: SftConfig, frames_file: Path) -> Samples:
     )
     held = int(samples.validation_n.sum())
     print(
-        f"{samples.statistics['num_trajectories']} demonstrations to train on, {len(samples) - held} samples, "
+        f"{samples.statistics['num_trajectories']} episodes to train on, {len(samples) - held} samples, "
         f"{held} held out, {len(samples.instructions)} instructions; refused: {dict(refused) or 'none'}",
         flush=True,
     )
@@ -237,6 +244,9 @@ class Run:
     def __init__(self, ranks: Ranks, config: SftConfig, samples: Samples, started_s: float):
         torch.set_num_threads(config.threads)
         self.ranks, self.config = ranks, config
+        if config.teacher:
+            teacher = load_checkpoint(config.teacher, dtype=config.dtype, device=config.device)
+            samples = relabelled(samples, teacher, unnorm_key=config.unnorm_key, ranks=ranks)
         self.model, self.tokenizer = _starting_model(config, samples)
         if config.lora_rank:
             torch.manual_seed(config.seed)

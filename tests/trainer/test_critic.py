@@ -82,9 +82,7 @@ def test_warm_up_teaches_the_critic_and_leaves_the_policys_logits_bit_equal(chec
     prompts, ids = collate([seen(checkpoint), seen(checkpoint, grey=200)]), actions(checkpoint, 2)
     before, errors = checkpoint.model(prompts, ids).logits_BNV.detach(), []
     for _ in range(20):
-        error = (
-            (critic(checkpoint.model(prompts, ids).hidden_BD, detach=True) - torch.tensor([0.0, 1.0])).square().mean()
-        )
+        error = (critic(checkpoint.model(prompts, ids).hidden_BD.detach()) - torch.tensor([0.0, 1.0])).square().mean()
         error.backward()
         trained.collect_gradients()
         trained.step(0.01)

@@ -114,7 +114,9 @@ def test_warm_up_moves_the_critic_and_leaves_the_policys_logits_bit_for_bit(tiny
 @pytest.mark.parametrize("critic", CRITICS)
 def test_a_warm_critic_tells_states_apart(tiny_vla: Path, critic: CriticKind) -> None:
     """Defect 2: read at a padding slot, every state has one value."""
-    learner = learner_of(tiny_vla, replace(CONFIG, warm_up=9, critic=critic, epochs=8, critic_learning_rate=1e-2))
+    learner = learner_of(
+        tiny_vla, replace(CONFIG, warm_up=9, critic=critic, critic_epochs=8, critic_learning_rate=1e-2)
+    )
     fresh = trajectories_of(learner.model)
     learner.update(fresh)
     values_n = learner.score(fresh).values_n
@@ -186,7 +188,8 @@ def test_image_tokens_kept_over_the_epochs_give_the_same_update(tiny_vla: Path, 
         learner.update(fresh)
         seen.append(sum(images))
     decisions, ends = 12, 1
-    assert seen == [decisions + ends, decisions + ends + 2 * decisions]
+    epochs = config.epochs + (config.critic_epochs if critic != "shared" else 0)
+    assert seen == [decisions + ends, decisions + ends + epochs * decisions]
     assert distance(weights(kept.model), weights(again.model)) < 1e-6
     assert distance(kept.critic.tensors(), again.critic.tensors()) < 1e-6
 
@@ -254,6 +257,34 @@ def test_a_minibatch_beyond_the_target_divergence_is_not_learned_from(tiny_vla: 
     assert metrics["stopped_early"] == 1 and learner.steps == 1  # the first step saw no divergence yet
 
 
+def test_the_critic_takes_all_its_steps_where_divergence_stops_the_policy(tiny_vla: Path) -> None:
+    stopped, warming = (
+        learner_of(tiny_vla, replace(CONFIG, warm_up=warm_up, target_kl=1e-9, minibatch=64)) for warm_up in (0, 1)
+    )
+    fresh = trajectories_of(stopped.model)
+    metrics = [learner.update(fresh) for learner in (stopped, warming)]
+    assert metrics[0]["stopped_early"] == 1
+    assert distance(stopped.critic.tensors(), warming.critic.tensors()) == 0
+    assert stopped.critic_optimizer.step_count == CONFIG.critic_epochs  # of one minibatch each
+
+
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_the_critics_gradient_reaches_the_backbone_where_it_is_asked_to_and_not_before_it_is_warm(
+    tiny_vla: Path, warm_up: int
+) -> None:
+    config = replace(CONFIG, critic_gradient=True, warm_up=warm_up, learning_rate=1e-3)
+    learner, alone = learner_of(tiny_vla, config), learner_of(tiny_vla, replace(config, critic_gradient=False))
+    fresh, before = trajectories_of(learner.model), weights(learner.model)
+    values = [learner.update(fresh)["value_loss"] for _ in range(2)]
+    assert values[1] < values[0]
+    for _ in range(2):
+        alone.update(fresh)
+    assert distance(weights(learner.model), weights(alone.model)) > 1e-5
+    learner = learner_of(tiny_vla, config)
+    learner.update(fresh)
+    assert (distance(weights(learner.model), before) == 0) == bool(warm_up)
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_a_loaded_learner_goes_on_bit_for_bit(tiny_vla: Path, critic: CriticKind) -> None:
     kept, resumed = (learner_of(tiny_vla, replace(CONFIG, critic=critic)) for _ in range(2))
@@ -290,7 +321,8 @@ def test_without_a_critic_the_critic_learns_nothing(tiny_vla: Path) -> None:
 
 def test_a_batch_that_is_too_far_from_the_start_is_measured_and_leaves_no_trace(tiny_vla: Path) -> None:
     """Overlapped episodes are of older weights: the first minibatch may be beyond the target, and nothing else done."""
-    learner, untouched = (learner_of(tiny_vla, replace(CONFIG, target_kl=0.1, minibatch=64)) for _ in range(2))
+    config = replace(CONFIG, target_kl=0.1, minibatch=64, critic_learning_rate=0.0)
+    learner, untouched = (learner_of(tiny_vla, config) for _ in range(2))
     fresh, before = trajectories_of(learner.model), weights(learner.model)
     metrics = learner.update([replace(one, logprobs_TN=one.logprobs_TN - 1) for one in fresh], version=1)
     assert metrics["stopped_early"] == 1 and learner.steps == 0
@@ -373,7 +405,7 @@ def test_gradients_of_uneven_ranks_add_up_to_that_of_one(tiny_vla: Path) -> None
     for ranks in ([Ranks()], [OneOfTwo(rank=0, size=2), OneOfTwo(rank=1, size=2)]):
         measured = []
         for learner.ranks in ranks:
-            measured.append(learner._gradient(batch, looked, rows, advantage_n, target_n))
+            measured.append(learner._gradient(("policy", "critic"), batch, looked, rows, advantage_n, target_n))
         gradients.append(learner.policy_optimizer.gradient_P.clone())
         metrics.append({name: sum(one[name] for one in measured) for name in measured[0]})
         learner.policy_optimizer.forget()

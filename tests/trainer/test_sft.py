@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.config import VLAConfig
+from policy_server.vla.decoding import DecodeInput, decode
 from protos import episode_pb2
 from rl_trainer.augment import Augmentation
 from rl_trainer.cloner import Cloner
 from rl_trainer.metrics import Curve
 from rl_trainer.ranks import Ranks
+from rl_trainer.sample_reader import SampleReader
 from rl_trainer.sft import SftConfig, _collect, _objective, sft
+from rl_trainer.teacher import relabelled
 from tests.trainer import fake_demonstrations as fake
 
 STILL = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
@@ -226,3 +229,45 @@ def test_a_dimension_that_never_moves_keeps_hard_targets(tmp_path: Path, tiny_vl
     objective = _objective(SftConfig(data=(), out=tmp_path, steps=1, unnorm_key="tiny", gripper_weight=3.0), config)
     assert objective.smooth_N.tolist() == [True, False, False] * 2
     assert objective.weight_N.tolist() == [1.0, 1.0, 3.0] * 2
+
+
+class OneOfTwo(Ranks):
+    """Its part alone: what the other rank has is added by hand."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_a_teachers_greedy_actions_take_the_place_of_the_labels(tiny_vla: Path, tmp_path: Path) -> None:
+    """Ranks decode a part each; what was executed, and whether it succeeded, does not matter."""
+    folder, teacher = tmp_path / "data", load_checkpoint(tiny_vla, dtype="float32", device="cpu")
+    train, failure = episode_pb2.PURPOSE_TRAIN, episode_pb2.OUTCOME_FAILURE
+    fake.write_episode(folder, "won", fake.actions(12), purpose=train, with_expert=False)
+    fake.write_episode(folder, "lost", fake.actions(20), purpose=train, outcome=failure, with_expert=False)
+    fake.write_episode(folder, "measured", fake.actions(12), purpose=episode_pb2.PURPOSE_EVALUATE)
+    samples = _collect(config(folder, tmp_path, tiny_vla, teacher=str(tiny_vla)), tmp_path / "frames.u8")
+    assert len(samples) == (12 + 20) // 4
+    whole = relabelled(samples, teacher, unnorm_key="tiny", ranks=Ranks())
+    one, other = (
+        relabelled(samples, teacher, unnorm_key="tiny", ranks=OneOfTwo(rank=rank, size=2)) for rank in range(2)
+    )
+    np.testing.assert_allclose(one.actions_nKA + other.actions_nKA, whole.actions_nKA, atol=1e-6)
+    reader = SampleReader(samples, teacher.config, teacher.tokenizer, unnorm_key="tiny")
+    for row in range(len(samples)):
+        decoded = decode(teacher.model, [DecodeInput(prepared=reader.prepared(row))])
+        expected_KA = ActionTokens(teacher.config, "tiny").decode(decoded.token_ids_BN[0])
+        np.testing.assert_allclose(whole.actions_nKA[row], expected_KA, atol=1e-6)
+        assert np.abs(whole.actions_nKA[row] - samples.actions_nKA[row]).max() > 0.1
+
+
+def test_a_run_with_a_teacher_learns_from_failures_and_a_teacher_of_other_chunks_is_refused(
+    tiny_vla: Path, tmp_path: Path
+) -> None:
+    lost = tmp_path / "data"
+    fake.write_episode(lost, "lost", fake.actions(40), outcome=episode_pb2.OUTCOME_FAILURE, with_expert=False)
+    with pytest.raises(ValueError, match="no demonstration is left"):
+        sft(config(lost, tmp_path / "alone", tiny_vla))
+    sft(config(lost, tmp_path / "taught", tiny_vla, teacher=str(tiny_vla), unnorm_key="tiny"))
+    assert len(losses(tmp_path / "taught")) == 4
+    with pytest.raises(ValueError, match=r"the teacher's chunks have 2 actions of 7 numbers, .* trained has 8 of 7"):
+        sft(config(lost, tmp_path / "other", "nano", teacher=str(tiny_vla), unnorm_key="tiny"))
