@@ -163,6 +163,11 @@ class Learner:
         rewards = [trajectory.rewards_T for trajectory in trajectories] if rewards is None else rewards
         if self.config.advantage != "gae":  # an outcome that others had a hand in compares with nothing
             whole = [number for number, trajectory in enumerate(trajectories) if trajectory.whole]
+            if not whole:
+                raise ValueError(
+                    f"{self.config.advantage} compares whole episodes, of {len(trajectories)} none is: others had a"
+                    " hand in each; use gae"
+                )
             trajectories, rewards = [trajectories[n] for n in whole], [rewards[n] for n in whole]
         batch = Batch.of(trajectories)
         looked = self.score(trajectories, batch)

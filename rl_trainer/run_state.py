@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from protos.episode_file import sync
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
@@ -38,10 +40,12 @@ class RunState:
 
 
 def save_state(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """A run's numbers and tensors in one file, which is replaced whole."""
+    """A run's numbers and tensors in one file, which is replaced whole and survives a power cut once this returns."""
     partial = path.with_suffix(".partial")
     save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial, {"run": json.dumps(fields)})
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def load_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -126,6 +126,8 @@ class TrainConfig:
             raise ValueError(f"rollouts must be whole groups of {self.group}, got {self.rollouts}")
         if self.learner.advantage != "gae" and self.group < 2:
             raise ValueError(f"{self.learner.advantage} compares episodes that begin alike: group must be >= 2, got 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes must be above 0, or none for no limit, got {self.minutes}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if bool(self.server) != bool(self.admin):

@@ -252,9 +252,15 @@ def test_two_ranks_give_the_update_of_one(tiny_vla: Path, tmp_path: Path) -> Non
 
 
 def test_a_minibatch_beyond_the_target_divergence_is_not_learned_from(tiny_vla: Path) -> None:
-    learner = learner_of(tiny_vla, replace(CONFIG, target_kl=1e-9, epochs=4, minibatch=64))
-    metrics = learner.update(trajectories_of(learner.model))
+    config = replace(CONFIG, target_kl=1e-9, epochs=4, minibatch=64, microbatch=64, advantage="rloo")
+    learner = learner_of(tiny_vla, config)
+    passes: list[torch.Tensor] = []
+    fresh = trajectories_of(learner.model)
+    attention = learner.model.language_model.model.layers[0].get_submodule("self_attn")
+    attention.register_forward_hook(lambda _, __, output: passes.append(output))
+    metrics = learner.update(fresh)
     assert metrics["stopped_early"] == 1 and learner.steps == 1  # the first step saw no divergence yet
+    assert len(passes) == 1 + 2, "after scoring, the step that moved it and the one that measured how far; no more"
 
 
 def test_the_critic_takes_all_its_steps_where_divergence_stops_the_policy(tiny_vla: Path) -> None:
@@ -377,6 +383,13 @@ def test_an_episode_that_others_had_a_hand_in_compares_with_nothing(tiny_vla: Pa
     alone.update(fresh)
     together.update([*fresh, replace(helped, whole=False, initial_state="0")])
     assert distance(weights(alone.model), weights(together.model)) == 0
+
+
+def test_a_batch_in_which_nothing_compares_is_named(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, advantage="grpo"))
+    helped = [replace(one, whole=False) for one in trajectories_of(learner.model)]
+    with pytest.raises(ValueError, match=r"grpo compares whole episodes, of 3 none is: .* use gae"):
+        learner.update(helped)
 
 
 def test_rewards_that_are_given_take_the_place_of_the_outcomes(tiny_vla: Path) -> None:
