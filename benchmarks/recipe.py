@@ -47,7 +47,7 @@ class Step:
 
     name: str
     command: str
-    """train or sft"""
+    """train, sft or reward-model"""
     options: tuple[str, ...]
     """{runs} in them is the folder with the runs"""
 
@@ -102,8 +102,9 @@ TEMPERATURE = 1.0
 COLLECT = ("--rollouts", "64", "--slots", "8", "--coarse-practice", "--ranks", "2", "--temperature")
 PPO = (
     *(*COLLECT, str(TEMPERATURE)),
-    *("--learner.learning-rate", "3e-5", "--learner.minibatch", "512", "--learner.epochs", "4"),
-    *("--learner.critic-learning-rate", "1e-3", "--learner.target-kl", "0.1"),
+    *("--learner.learning-rate", "1e-4", "--learner.minibatch", "512", "--learner.epochs", "4"),
+    *("--learner.critic-learning-rate", "1e-3", "--learner.critic-epochs", "8", "--learner.gamma", "0.998"),
+    *("--learner.target-kl", "0.1"),
 )
 NANO = "policy_server/checkpoints/nano"
 SEEDS = (0, 1, 2)
@@ -126,14 +127,21 @@ def steadied(name: str, episodes: tuple[str, ...], minutes: int) -> Step:
 
 
 # Where nano goes when it is greedy, when it samples, and where it goes once it has learned to sample.
+GOAL_STATES = ("goal-greedy-states", "goal-sampled-states", "goal-steadier-states")
 STEADY_GOAL = (
-    watched("goal-greedy-states", "libero_goal", "nano", 0.001, 5),
-    watched("goal-sampled-states", "libero_goal", "nano", TEMPERATURE, 3),
-    steadied("goal-steadier", ("goal-greedy-states", "goal-sampled-states"), 8),
-    watched("goal-steadier-states", "libero_goal", "{runs}/goal-steadier/last", TEMPERATURE, 5),
-    steadied("goal-steady", ("goal-greedy-states", "goal-sampled-states", "goal-steadier-states"), 15),
+    watched(GOAL_STATES[0], "libero_goal", "nano", 0.001, 5),
+    watched(GOAL_STATES[1], "libero_goal", "nano", TEMPERATURE, 3),
+    steadied("goal-steadier", GOAL_STATES[:2], 8),
+    watched(GOAL_STATES[2], "libero_goal", "{runs}/goal-steadier/last", TEMPERATURE, 5),
+    steadied("goal-steady", GOAL_STATES, 15),
 )
-GOAL = ("--suite", "libero_goal", "--iterations", "40", "--evaluate-every", "5", "--evaluate-states", "5", *PPO)
+GOAL_REWARD = Step(
+    name="goal-reward", command="reward-model", options=("--data", *(f"{{runs}}/{run}/episodes" for run in GOAL_STATES))
+)
+GOAL = (
+    *("--suite", "libero_goal", "--model", "{runs}/goal-steady/last", "--reward-model", "{runs}/goal-reward"),
+    *("--iterations", "28", "--evaluate-every", "4", "--evaluate-states", "5", *PPO),
+)
 
 EXPERIMENTS = (
     Experiment(name="goal-before", evaluations=measured("libero_goal", TEMPERATURE)),
@@ -143,11 +151,8 @@ EXPERIMENTS = (
             name=f"goal-{seed}",
             steps=(
                 *STEADY_GOAL,
-                Step(
-                    name=f"goal-{seed}",
-                    command="train",
-                    options=("--model", "{runs}/goal-steady/last", *GOAL, "--seed", str(seed)),
-                ),
+                GOAL_REWARD,
+                Step(name=f"goal-{seed}", command="train", options=(*GOAL, "--seed", str(seed))),
             ),
             evaluations=measured("libero_goal", TEMPERATURE),
         )
