@@ -102,7 +102,7 @@ TEMPERATURE = 1.0
 COLLECT = ("--rollouts", "64", "--slots", "8", "--coarse-practice", "--ranks", "2", "--temperature")
 PPO = (
     *(*COLLECT, str(TEMPERATURE)),
-    *("--learner.learning-rate", "1e-4", "--learner.minibatch", "512", "--learner.epochs", "4"),
+    *("--learner.learning-rate", "2e-4", "--learner.minibatch", "256", "--learner.epochs", "2"),
     *("--learner.critic-learning-rate", "1e-3", "--learner.critic-epochs", "8", "--learner.gamma", "0.998"),
     *("--learner.target-kl", "0.1"),
 )
@@ -126,38 +126,39 @@ def steadied(name: str, episodes: tuple[str, ...], minutes: int) -> Step:
     return Step(name=name, command="sft", options=(*options, *noise))
 
 
-# Where nano goes when it is greedy, when it samples, and where it goes once it has learned to sample.
-GOAL_STATES = ("goal-greedy-states", "goal-sampled-states", "goal-steadier-states")
-STEADY_GOAL = (
-    watched(GOAL_STATES[0], "libero_goal", "nano", 0.001, 5),
-    watched(GOAL_STATES[1], "libero_goal", "nano", TEMPERATURE, 3),
-    steadied("goal-steadier", GOAL_STATES[:2], 8),
-    watched(GOAL_STATES[2], "libero_goal", "{runs}/goal-steadier/last", TEMPERATURE, 5),
-    steadied("goal-steady", GOAL_STATES, 15),
-)
-GOAL_REWARD = Step(
-    name="goal-reward", command="reward-model", options=("--data", *(f"{{runs}}/{run}/episodes" for run in GOAL_STATES))
-)
-GOAL = (
-    *("--suite", "libero_goal", "--model", "{runs}/goal-steady/last", "--reward-model", "{runs}/goal-reward"),
-    *("--iterations", "28", "--evaluate-every", "4", "--evaluate-states", "5", *PPO),
-)
+def improved(label: str, suite: str, seed: int, iterations: int) -> tuple[Step, ...]:
+    """Where nano goes when it is greedy and when it samples; what teaches it to sample; its reward; PPO."""
+    states = (f"{label}-greedy-states", f"{label}-sampled-states")
+    episodes = tuple(f"{{runs}}/{run}/episodes" for run in states)
+    options = (
+        "--suite",
+        suite,
+        "--model",
+        f"{{runs}}/{label}-steady/last",
+        "--reward-model",
+        f"{{runs}}/{label}-reward",
+    )
+    budget = ("--iterations", str(iterations), "--evaluate-every", "5", "--evaluate-states", "5", "--seed", str(seed))
+    return (
+        watched(states[0], suite, "nano", 0.001, 4),
+        watched(states[1], suite, "nano", TEMPERATURE, 3),
+        steadied(f"{label}-steady", states, 9),
+        Step(name=f"{label}-reward", command="reward-model", options=("--data", *episodes)),
+        Step(name=f"{label}-{seed}", command="train", options=("--suite", suite, *begin, *budget, *PPO)),
+    )
+
 
 EXPERIMENTS = (
-    Experiment(name="goal-before", evaluations=measured("libero_goal", TEMPERATURE)),
-    Experiment(name="goal-steady", steps=STEADY_GOAL, evaluations=measured("libero_goal", TEMPERATURE)),
+    Experiment(name="object-before", evaluations=measured("libero_object", TEMPERATURE)),
     *(
         Experiment(
-            name=f"goal-{seed}",
-            steps=(
-                *STEADY_GOAL,
-                GOAL_REWARD,
-                Step(name=f"goal-{seed}", command="train", options=(*GOAL, "--seed", str(seed))),
-            ),
-            evaluations=measured("libero_goal", TEMPERATURE),
+            name=f"object-{seed}",
+            steps=improved("object", "libero_object", seed, 40),
+            evaluations=measured("libero_object", TEMPERATURE),
         )
         for seed in SEEDS
     ),
+    Experiment(name="goal-before", evaluations=measured("libero_goal", TEMPERATURE)),
 )
 
 
