@@ -130,14 +130,7 @@ def improved(label: str, suite: str, seed: int, iterations: int) -> tuple[Step, 
     """Where nano goes when it is greedy and when it samples; what teaches it to sample; its reward; PPO."""
     states = (f"{label}-greedy-states", f"{label}-sampled-states")
     episodes = tuple(f"{{runs}}/{run}/episodes" for run in states)
-    options = (
-        "--suite",
-        suite,
-        "--model",
-        f"{{runs}}/{label}-steady/last",
-        "--reward-model",
-        f"{{runs}}/{label}-reward",
-    )
+    begin = ("--model", f"{{runs}}/{label}-steady/last", "--reward-model", f"{{runs}}/{label}-reward")
     budget = ("--iterations", str(iterations), "--evaluate-every", "5", "--evaluate-states", "5", "--seed", str(seed))
     return (
         watched(states[0], suite, "nano", 0.001, 4),
