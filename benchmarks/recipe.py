@@ -175,7 +175,7 @@ EXPERIMENTS = (
         improved(
             f"object-{seed}",
             "libero_object",
-            {"iterations": "40", "evaluate-every": "5", "evaluate-states": "5", "seed": str(seed)},
+            {"iterations": "28", "evaluate-every": "4", "evaluate-states": "5", "seed": str(seed)},
             measured("libero_object", TEMPERATURE),
         )
         for seed in SEEDS
