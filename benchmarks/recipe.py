@@ -1,7 +1,7 @@
 """The experiments of the recipe: one resumable list, fixed before its first run, each result a file that is committed.
 
     python -m benchmarks.recipe --list                    what there is, and what is done
-    python -m benchmarks.recipe [--only goal-0] [--hours 2]   runs what is not done, in the list's order
+    python -m benchmarks.recipe [--only object-0] [--hours 2]   runs what is not done, in the list's order
 
 An experiment is a series of runs and evaluations of what the last one leaves.  An interrupted run is resumed while its
 folder lies under --runs; a result, benchmarks/results/recipe/NAME.json, is never run again.  Nothing here was changed
@@ -212,9 +212,9 @@ def carry_out(experiment: Experiment, config: RecipeConfig) -> None:
     """Takes the steps that are not done, evaluates what the last one left, and writes the result once all is there."""
     model, curves = "nano", {}
     for step in experiment.steps:
-        model = str(take(step, config.runs) / "last")
-        curve = (config.runs / step.name / "curve.jsonl").read_text()
-        curves[step.name] = [json.loads(line) for line in curve.splitlines()]
+        left = take(step, config.runs)
+        model = str(left / "last")
+        curves[step.name] = [json.loads(line) for line in (left / "curve.jsonl").read_text().splitlines()]
     folder = config.runs / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}

@@ -31,7 +31,7 @@ LOOK_BATCH = 64
 """Decisions of one pass without gradients."""
 MEASURES = {
     "critic": ("value_loss",),
-    "policy": ("policy_loss", "ratio", "approx_kl", "clip_fraction", "entropy", "reference_kl"),
+    "policy": ("policy_loss", "ratio", "approx_kl", "clip_fraction", "reference_kl"),
 }
 """Who learns, and what adds up for it over the parts of a minibatch."""
 
@@ -102,12 +102,6 @@ class Opinion:
     entropy_BN: torch.Tensor
     hidden_BD: torch.Tensor
     """float32: where a critic that shares the backbone reads"""
-
-    def of(self, rows: np.ndarray | slice, device: torch.device | str) -> Opinion:
-        """Some of the decisions."""
-        tensors = (self.logprobs_BN, self.entropy_BN, self.hidden_BD)
-        logprobs, entropy, hidden = (tensor[rows].to(device) for tensor in tensors)
-        return Opinion(logprobs_BN=logprobs, entropy_BN=entropy, hidden_BD=hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,8 +300,8 @@ class Learner:
             loss = self._loss(who, batch, looked, part, advantage_n[part], target_n[part], counts)
             if loss.total.requires_grad:
                 loss.total.backward()
-            for name, value in loss.metrics.items():
-                sums[name] += float(value)
+            for name in sums:
+                sums[name] += float(loss.metrics.get(name, 0.0))
         for owner in who:
             self.ranks.sum(self._optimizers()[owner].collect_gradients())
         total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64))

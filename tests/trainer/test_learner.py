@@ -23,6 +23,7 @@ from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.loss import LossConfig
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.trajectories import Trajectory
+from tests.trainer.fake_ranks import OneOfTwo
 
 CRITICS = ("shared", "lora", "separate")
 CONFIG = LearnerConfig(warm_up=0, epochs=2, minibatch=8, microbatch=8, target_kl=0.0, learning_rate=1e-3)
@@ -399,13 +400,6 @@ def test_rewards_that_are_given_take_the_place_of_the_outcomes(tiny_vla: Path) -
     outcomes.update([replace(success, rewards_T=failure.rewards_T), replace(failure, rewards_T=success.rewards_T)])
     start = weights(model_of(tiny_vla))
     assert distance(weights(swapped.model), weights(outcomes.model)) == 0 < distance(weights(swapped.model), start)
-
-
-class OneOfTwo(Ranks):
-    """Its part alone: what the other rank has is added by hand."""
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
 
 
 def test_gradients_of_uneven_ranks_add_up_to_that_of_one(tiny_vla: Path) -> None:

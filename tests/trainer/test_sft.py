@@ -27,6 +27,7 @@ from rl_trainer.sample_reader import SampleReader
 from rl_trainer.sft import SftConfig, _collect, _objective, sft
 from rl_trainer.teacher import relabelled
 from tests.trainer import fake_demonstrations as fake
+from tests.trainer.fake_ranks import OneOfTwo
 
 STILL = Augmentation(brightness=0, contrast=0, saturation=0, shift_px=0, state_noise=0)
 
@@ -229,13 +230,6 @@ def test_a_dimension_that_never_moves_keeps_hard_targets(tmp_path: Path, tiny_vl
     objective = _objective(SftConfig(data=(), out=tmp_path, steps=1, unnorm_key="tiny", gripper_weight=3.0), config)
     assert objective.smooth_N.tolist() == [True, False, False] * 2
     assert objective.weight_N.tolist() == [1.0, 1.0, 3.0] * 2
-
-
-class OneOfTwo(Ranks):
-    """Its part alone: what the other rank has is added by hand."""
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
 
 
 def test_a_teachers_greedy_actions_take_the_place_of_the_labels(tiny_vla: Path, tmp_path: Path) -> None:
