@@ -135,7 +135,8 @@ def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
 
         seconds = [_wall_s(update) for _ in range((1 + gae) * UPDATES)]
         ranks.share(None)
-        publish_s = _publishing_s(learner.model, config.dtype, observations[:PROBES])
+        published = 1 + (config.learner.average > 0)  # an average of the weights goes beside them
+        publish_s = published * _publishing_s(learner.model, config.dtype, observations[:PROBES])
     return Learning(
         observations=observations,
         prepare_s=prepare_s,

@@ -261,16 +261,20 @@ def saved_bytes(model: VLA, *, rows: int, prompt_tokens: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def learner_bytes(shapes: Shapes, *, reference: bool) -> int:
+def learner_bytes(shapes: Shapes, *, reference: bool, averaged: bool = False) -> int:
     """What one rank computes with: weights, optimiser, and beside them the most that is held for a while.
 
-    That is a microbatch's activations, the weights laid out as a server's to be compared, or a state to be saved.
+    That is a microbatch's activations, the weights laid out as a server's to be compared, or a state to be saved.  An
+    average of the weights is held, and saved, beside them, and they are put aside where it is released.
     """
     apart = shapes.trained_width != 4  # trained weights that are float32 are the masters themselves
     weights = shapes.frozen * shapes.width + apart * shapes.trained * shapes.trained_width
     gradients = apart * shapes.trained * shapes.trained_width
-    passing = max(gradients + shapes.saved_bytes, shapes.weights_bytes, STATE_BYTES * shapes.trained)
-    return weights + reference * shapes.weights_bytes + MASTER_BYTES * shapes.trained + passing
+    average = 4 * averaged * shapes.trained
+    passing = max(
+        gradients + shapes.saved_bytes, average + shapes.weights_bytes, average + STATE_BYTES * shapes.trained
+    )
+    return weights + reference * shapes.weights_bytes + MASTER_BYTES * shapes.trained + average + passing
 
 
 def server_bytes(shapes: Shapes, *, width: int) -> int:
@@ -288,13 +292,16 @@ def batch_bytes(config: VLAConfig, decisions: int) -> int:
     return decisions * (decision_bytes(config) + 3 * config.image_size**2)
 
 
-def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule) -> int:
-    """What a run leaves behind: episodes, a version an iteration, the state (twice while it is replaced), the model."""
+def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule, averaged: bool = False) -> int:
+    """What a run leaves behind: episodes, a version an iteration, the state (twice while it is replaced), the model.
+
+    An average of the weights makes a version of its own.
+    """
     practised = schedule.iterations * schedule.rollouts
     episodes = practised + schedule.evaluations * schedule.evaluated
     stored = episodes * (ceil(schedule.ticks / schedule.chunk) + 1) * decision_bytes(config)
-    versions = schedule.iterations * shapes.published_bytes
-    return stored + versions + 2 * STATE_BYTES * shapes.trained + shapes.weights_bytes
+    versions = (1 + averaged) * schedule.iterations * shapes.published_bytes
+    return stored + versions + 2 * (STATE_BYTES + 4 * averaged) * shapes.trained + shapes.weights_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

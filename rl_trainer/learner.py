@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -47,6 +48,8 @@ class LearnerConfig:
     lambda_: float = 0.95
     """of GAE, a decision"""
     learning_rate: float = 2e-5
+    average: float = 0.0
+    """what is evaluated and released is an average of the weights that keeps so much of itself a step; 0: no average"""
     critic: CriticKind = "shared"
     """shared reads the policy's hidden state, lora its base through an adapter of the critic's own, separate a copy"""
     critic_rank: int = 16
@@ -86,6 +89,8 @@ class LearnerConfig:
                 f"critic must be shared with critic_gradient, and where no critic learns, got {self.critic!r} with"
                 f" critic_gradient {self.critic_gradient} and advantage {self.advantage!r}"
             )
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must be in [0, 1), got {self.average}")
         for name in ("epochs", "minibatch", "microbatch", "critic_epochs", "critic_minibatch", "critic_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -141,7 +146,7 @@ class Learner:
         self.iteration = self.steps = 0
         model.recompute_blocks(config.recompute)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.policy_optimizer = _optimizer(trained, config)
+        self.policy_optimizer = _optimizer(trained, config, average=config.average)
         # After the policy's optimiser, which lays out anew the weights that a critic may share.
         self.critic = critic_of(model, config.critic, rank=config.critic_rank, seed=seed)
         self.critic_optimizer = _optimizer(self.critic.trained(), config)
@@ -175,6 +180,10 @@ class Learner:
     def warming_up(self) -> bool:
         """The critic alone learns."""
         return self.config.advantage == "gae" and self.iteration < self.config.warm_up
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model is the policy that is released, inside the block: its weights' average, where there is one."""
+        return self.policy_optimizer.averaged()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a bit-for-bit continuation needs, by name."""
@@ -383,8 +392,10 @@ class Learner:
         return norms
 
 
-def _optimizer(parameters: Mapping[str, torch.nn.Parameter], config: LearnerConfig) -> Optimizer:
-    return Optimizer(parameters, weight_decay=config.weight_decay, clip_norm=config.clip_norm, ema=0)
+def _optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], config: LearnerConfig, *, average: float = 0.0
+) -> Optimizer:
+    return Optimizer(parameters, weight_decay=config.weight_decay, clip_norm=config.clip_norm, ema=average)
 
 
 def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version: int) -> dict[str, float]:
@@ -397,5 +408,4 @@ def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
         # Overlapped episodes are all of an older version: then nothing was compared.
         "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
-        "staleness": float(version - batch.version_n.mean()) if version >= 0 else 0.0,
     }

@@ -138,7 +138,8 @@ class Needs:
         self._config, self._model, self._shapes = config, model, shapes
         self._schedule, self._placement = schedule, placement
         self._room_gb = find_machine().memory_gb if config.memory_gb is None else config.memory_gb
-        self._disk_gb = disk_bytes(model, shapes, schedule=schedule) / GIB
+        self._averaged = config.learner.average > 0
+        self._disk_gb = disk_bytes(model, shapes, schedule=schedule, averaged=self._averaged) / GIB
         self._free_gb = disk_free_gb(config.out) if config.free_gb is None else config.free_gb
         self._base_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         """of a process that has loaded torch, as this one has"""
@@ -146,7 +147,8 @@ class Needs:
     def computing(self) -> list[Need]:
         """Of learner and server."""
         ranks, learner, server = self._config.ranks, self._placement.learner, self._placement.server
-        learning = learner_bytes(self._shapes, reference=self._config.learner.loss.reference_weight > 0)
+        reference = self._config.learner.loss.reference_weight > 0
+        learning = learner_bytes(self._shapes, reference=reference, averaged=self._averaged)
         serving = server_bytes(self._shapes, width=4 if server.memory_gb is None else 2)
         held = batch_bytes(self._model, self._schedule.decisions)
         where, there_gb = self._memory_of(learner.device, learner.memory_gb)

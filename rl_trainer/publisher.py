@@ -105,15 +105,17 @@ class Publisher:
         self.proof = Proof(version=version, fingerprint=theirs, gap=gap, tolerance=self._tolerance)
         return version
 
-    def publish(self, parent: int, *, note: str = "") -> int:
-        """Makes the model's weights a new version, live once it is proved, and gives its number.
+    def publish(self, parent: int, *, note: str = "", live: bool = True) -> int:
+        """Makes the model's weights a new version and gives its number, once it is proved.
 
+        live: it is what the server then answers with where no version is asked for.
         Raises PublishMismatch, and then the version before stays live; ValueError when the server refuses the weights.
         """
         with TemporaryDirectory(prefix="publish-") as folder:
             version = self.send(self._saved(Path(folder)), parent=parent, note=note)
         self.proof = self.prove(version)
-        self._call(lambda: self._admin.SetLive(admin_pb2.SetLiveRequest(version=version), timeout=PUBLISH_S))
+        if live:
+            self._call(lambda: self._admin.SetLive(admin_pb2.SetLiveRequest(version=version), timeout=PUBLISH_S))
         return version
 
     def send(self, folder: Path, *, parent: int, note: str = "", set_live: bool = False) -> int:

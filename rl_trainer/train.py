@@ -329,10 +329,10 @@ class Run:
         metrics = self.learner.update(trajectories, rewards, version=self.state.version)
         learned_s = self.seconds
         self._tell(lambda o: o.on_phase("publish"))
-        self.state.version = self.publisher.publish(
-            self.state.version, note=f"{self.state.run} {self.learner.iteration}"
-        )
+        ages = [self.state.age(version) for trajectory in trajectories for version in trajectory.version_T]
+        self._publish()
         metrics |= {
+            "staleness": float(np.mean(ages)),
             "success/train": tally_of(finished).rate,
             "return": float(np.mean([rewards_T.sum() for rewards_T in rewards])),
             "seconds/collect": collected_s - started_s,
@@ -346,11 +346,20 @@ class Run:
             self._tell(lambda o: o.on_note(warning))
         self._tell(lambda o: o.on_iteration(row))
 
+    def _publish(self) -> None:
+        """The weights as they are, to be practised with, and their average, if there is one, for everybody else."""
+        note, averaged = f"{self.state.run} {self.learner.iteration}", self.config.learner.average > 0
+        self.state.versions.append(self.publisher.publish(self.state.version, note=note, live=not averaged))
+        self.state.released = self.state.version
+        if averaged:
+            with self.learner.averaged():
+                self.state.released = self.publisher.publish(self.state.version, note=f"{note}, averaged")
+
     def evaluate(self) -> None:
-        """Greedy success on states that are never practised on, with its Wilson interval."""
-        name = f"evaluate-{self.learner.iteration}"
+        """Greedy success of what is released, on states that are never practised on, with its Wilson interval."""
+        name, purpose = f"evaluate-{self.learner.iteration}", episode_pb2.PURPOSE_EVALUATE
         rollouts = [
-            self._rollout(name, number, cell, purpose=episode_pb2.PURPOSE_EVALUATE, temperature=0.0)
+            self._rollout(name, number, cell, version=self.state.released, purpose=purpose, temperature=0.0)
             for number, cell in enumerate(self.held_out)
         ]
         started_s = self.seconds
@@ -400,16 +409,15 @@ class Run:
     def _ask(self, iteration: int) -> None:
         """Chooses the rollouts of an iteration and enqueues them."""
         cells = self.curriculum.sample(self.config.rollouts // self.config.group, group=self.config.group)
+        how = {"purpose": episode_pb2.PURPOSE_TRAIN, "temperature": self.config.temperature}
         self.state.asked = [
-            self._rollout(
-                str(iteration), number, cell, purpose=episode_pb2.PURPOSE_TRAIN, temperature=self.config.temperature
-            )
+            self._rollout(str(iteration), number, cell, version=self.state.version, **how)
             for number, cell in enumerate(cells)
         ]
         self.queue.enqueue(self.state.asked)
 
     def _rollout(
-        self, name: str, number: int, cell: Cell, *, purpose: episode_pb2.Purpose, temperature: float
+        self, name: str, number: int, cell: Cell, *, version: int, purpose: episode_pb2.Purpose, temperature: float
     ) -> rollout_pb2.Rollout:
         rollout_id = f"{self.state.run}/{name}/{number}"
         return rollout_pb2.Rollout(
@@ -417,7 +425,7 @@ class Run:
             task=cell[0],
             initial_state=cell[1],
             purpose=purpose,
-            version=self.state.version,
+            version=version,
             temperature=temperature,
             seed=seed_of(self.config.seed, name, number),
         )
@@ -461,10 +469,11 @@ class Run:
         self.state.save(self.config.out / STATE, self.learner.state())
         self.queue.commit()
         folder = self.config.out / "last"
-        if self.config.lora_rank:
-            save_lora(self.checkpoint.model, folder, base=str(self.config.model))
-        else:
-            save_checkpoint(folder, self.checkpoint.model, self.checkpoint.tokenizer)
+        with self.learner.averaged():
+            if self.config.lora_rank:
+                save_lora(self.checkpoint.model, folder, base=str(self.config.model))
+            else:
+                save_checkpoint(folder, self.checkpoint.model, self.checkpoint.tokenizer)
         self._tell(lambda o: o.on_save())
 
 

@@ -22,8 +22,10 @@ class TrainState:
 
     run: str
     """name of the run at the server, unique"""
-    version: int = 0
-    """the weights that the learner has, as the server numbers them"""
+    versions: list[int] = field(default_factory=lambda: [0])
+    """what the learner's weights were, as the server numbers them; the last is what they are"""
+    released: int = 0
+    """the policy that is evaluated and, unasked, served: the learner's weights, or their average"""
     cursor: int = 0
     """the last episode that was taken in"""
     seconds: float = 0.0
@@ -39,6 +41,15 @@ class TrainState:
     def fresh(cls, name: str) -> TrainState:
         """Of a run that begins."""
         return cls(run=f"{name}-{secrets.token_hex(4)}")
+
+    @property
+    def version(self) -> int:
+        """The weights that the learner has."""
+        return self.versions[-1]
+
+    def age(self, version: int) -> int:
+        """Updates since the learner had those weights."""
+        return sum(later > version for later in self.versions)
 
     def save(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         asked = [MessageToDict(rollout) for rollout in self.asked]

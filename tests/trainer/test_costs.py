@@ -132,6 +132,14 @@ def test_a_learner_holds_weights_masters_gradients_moments_and_what_passes(shape
     assert learner_bytes(Shapes(numbers=1000, **shapes), reference=True) == held + 1000 * shapes["width"]
 
 
+def test_an_average_of_the_weights_is_held_saved_and_published_beside_them() -> None:
+    shapes = Shapes(numbers=1000, frozen=0, trained=1000, width=4, trained_width=4, saved_bytes=500)
+    assert learner_bytes(shapes, reference=False, averaged=True) == 16_000 + 4_000 + 16_000
+    config, two_states, versions = nano_config(STATISTICS), 2 * 4 * shapes.trained, SCHEDULE.iterations * 4000
+    alone, beside = (disk_bytes(config, shapes, schedule=SCHEDULE, averaged=averaged) for averaged in (False, True))
+    assert beside - alone == two_states + versions
+
+
 def test_a_7b_model_is_counted_without_its_memory() -> None:
     rows = {"rows": 2, "prompt_tokens": 30}
     whole = shapes_of(openvla_7b(), dtype=torch.bfloat16, lora_rank=0, **rows)

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from policy_server.version_store import VersionStore
+from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
-from protos import episode_pb2
+from protos import episode_pb2, policy_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.train import TrainConfig, train
@@ -53,11 +56,16 @@ def run(folder: Path, model: Path, **changes) -> tuple[list[dict], dict[str, lis
     with practice(model, folder / "episodes") as server:
         train(config_of(folder, model, server.address, server.admin_address, **changes))
     rows = [json.loads(line) for line in (folder / "run" / "curve.jsonl").read_text().splitlines()]
+    return rows, episodes_of(folder / "episodes")
+
+
+def episodes_of(folder: Path) -> dict[str, list[Episode]]:
+    """By the name that their rollouts have in the run."""
     found: dict[str, list[Episode]] = {}
-    for path in sorted((folder / "episodes").glob("*.episode")):
+    for path in sorted(folder.glob("*.episode")):
         episode = read_episode(path)
         found.setdefault(episode.start.rollout_id.split("/")[1], []).append(episode)
-    return rows, found
+    return found
 
 
 def versions(episodes: list[Episode]) -> set[int]:
@@ -95,6 +103,24 @@ def test_a_run_practises_with_what_it_published_and_measures_greedily_on_other_s
         assert row["optimiser_steps"] == number * 4, "2 epochs of 6 decisions in parts of about 4"
     times = [row["wall_clock_s"] for row in iterations]
     assert 0 < times[0] < times[1]
+
+
+def test_what_is_evaluated_served_unasked_and_saved_is_the_average_of_what_is_practised_with(
+    tiny_vla: Path, tmp_path: Path
+) -> None:
+    learning = LearnerConfig(warm_up=0, learning_rate=1e-2, minibatch=4, target_kl=0.0, average=0.9)
+    with practice(tiny_vla, tmp_path / "episodes") as server:
+        train(config_of(tmp_path, tiny_vla, server.address, server.admin_address, learner=learning))
+        live = server.policy.GetSpec(policy_pb2.GetSpecRequest(), timeout=60).live_version
+    found = episodes_of(tmp_path / "episodes")
+    assert [versions(found[name]) for name in ("0", "1")] == [{0}, {1}]
+    assert [versions(found[f"evaluate-{number}"]) for number in range(3)] == [{0}, {2}, {4}]
+    assert live == 4
+    tensors = load_file(tmp_path / "run" / "state.safetensors")
+    saved = load_checkpoint(tmp_path / "run" / "last").model
+    trained = torch.cat([p.detach().reshape(-1) for p in sorted(saved.parameters(), key=lambda p: p.ndim < 2)])
+    assert torch.equal(trained, tensors["policy.average"])
+    assert not torch.equal(trained, tensors["policy.masters"])
 
 
 def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, tmp_path: Path) -> None:
