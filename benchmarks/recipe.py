@@ -100,8 +100,8 @@ Options = dict[str, str | None]
 
 # Tried beforehand on the train split of libero_goal: no temperature from 0.1 to 1 succeeds more often than another, and
 # below 0.5 rounding alone sets server and learner apart by more than 1e-4.  With minibatches of 64, noise moved the
-# policy beyond the target divergence within 15 to 30 of 128 steps: most of a batch was never learned from.  At a rate of
-# 2e-4 without an average, greedy success swung by ten points from one iteration to the next (FIGURES.md).
+# policy beyond the target divergence within 15 to 30 of 128 steps: most of a batch was never learned from.  At a rate
+# of 2e-4 without an average, greedy success swung by ten points from one iteration to the next (FIGURES.md).
 TEMPERATURE = 1.0
 COLLECT: Options = {"rollouts": "64", "slots": "8", "coarse-practice": None, "ranks": "2"}
 PPO: Options = {
