@@ -63,9 +63,9 @@ class Prices:
     slowdown: float
     """wall time over CPU time of a process now"""
     warm_decision_s: float
-    """wall: a decision of an update that trains the critic alone, all its epochs"""
+    """wall: a decision of an update that trains the critic alone, all its epochs; judged by the reward model, if any"""
     decision_s: float
-    """wall: a decision of a whole update, all its epochs"""
+    """wall: a decision of a whole update, all its epochs; judged likewise"""
     publish_s: float
     """wall"""
     load_s: float

@@ -204,7 +204,7 @@ def minutes(config: PlanConfig, schedule: Schedule, prices: Prices, host: Host) 
         f" {1e3 * prices.decision_s:.1f} a decision"
     )
     if config.reward_model:
-        yield "left out: the reward model's own time and memory"
+        yield "left out: the reward model's own memory"
     yield f"an iteration: {schedule.rollouts} episodes, {schedule.decisions} decisions"
     for name, seconds in rows_of(found):
         if name != "evaluate" or schedule.evaluations:

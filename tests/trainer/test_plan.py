@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from policy_server.vla.checkpoint import load_checkpoint, load_config
-from policy_server.vla.preprocessing import Preprocessor
+from policy_server.vla.preprocessing import Prepared, Preprocessor
 from rl_trainer.__main__ import main
 from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
 from rl_trainer.devices import find_machine
@@ -87,6 +89,21 @@ def test_prices_come_from_updates_passes_and_publishes_that_really_ran(
     assert (prices.practice_frame_s, prices.evaluation_frame_s, prices.slowdown) == (0.02, 0.05, 1.5)
     assert all(value > 0 for name, value in asdict(prices).items() if name not in ("pass_s", "request_s"))
     assert prices.pass_s + prices.request_s > 0
+
+
+class SlowReward:
+    def predict(self, observations: Sequence[Prepared]) -> np.ndarray:
+        time.sleep(0.5 * len(observations))
+        return np.zeros(len(observations), np.float32)
+
+
+def test_the_price_of_a_decision_has_the_reward_models_in_it(
+    tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl_trainer.calibration.load_reward_model", lambda *_: SlowReward())
+    learner = LearnerConfig(minibatch=2, microbatch=2)
+    prices = measure_prices(config_of(tmp_path, tiny_vla, learner=learner, reward_model=tmp_path), SCENES, ["stack"])
+    assert min(prices.warm_decision_s, prices.decision_s) > 0.5
 
 
 def test_sampled_trajectories_are_what_the_policy_would_do(tiny_vla: Path, tmp_path: Path) -> None:
