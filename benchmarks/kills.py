@@ -33,7 +33,7 @@ from policy_server.vla.decoding import DecodeInput
 from policy_server.vla.policy import Policy
 from protos import episode_pb2
 from protos.episode_file import read_episode
-from rl_trainer.train import RECORD, STATE
+from rl_trainer.train_config import RECORD, STATE
 from rl_trainer.train_state import TrainState
 
 Victim = Literal["trainer", "server", "one simulator", "all workers"]

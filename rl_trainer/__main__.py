@@ -17,7 +17,8 @@ from rl_trainer.plan import PlanConfig, plan
 from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
 from rl_trainer.sft import SftConfig, sft
-from rl_trainer.train import TrainConfig, train
+from rl_trainer.train import train
+from rl_trainer.train_config import TrainConfig
 
 COMMANDS = {
     TrainConfig: train,

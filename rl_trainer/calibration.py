@@ -34,7 +34,8 @@ from rl_trainer.costs import MOST_REQUESTS, Prices
 from rl_trainer.placement import Placement
 from rl_trainer.ranks import launched
 from rl_trainer.reward_model import load_reward_model
-from rl_trainer.train import TrainConfig, follow, make_learner
+from rl_trainer.train import follow, make_learner
+from rl_trainer.train_config import TrainConfig
 from rl_trainer.trajectories import Trajectory
 
 CHILD_S = 1200.0

@@ -43,7 +43,8 @@ from rl_trainer.devices import find_machine
 from rl_trainer.doctor import disk_free_gb
 from rl_trainer.placement import Placement
 from rl_trainer.suite import catalogue, cells_of
-from rl_trainer.train import TrainConfig, differences, placed
+from rl_trainer.train import placed
+from rl_trainer.train_config import RECORD, TrainConfig, differences
 
 HOST = "this machine"
 FREE = ("out", "resume", "iterations", "minutes", "evaluate_every")
@@ -73,7 +74,7 @@ class PlanConfig(TrainConfig):
 
 def plan(config: PlanConfig) -> None:
     """Prints the prediction.  Raises ValueError when memory or disk do not hold the run."""
-    if config.measured and (changed := differences(config.measured / "train.json", config, but=FREE)):
+    if config.measured and (changed := differences(config.measured / RECORD, config, but=FREE)):
         raise ValueError(f"{config.measured} is a run with other options: {changed}")
     placement = placed(config)
     print(placement.table(), flush=True)

@@ -19,7 +19,7 @@ from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajector
 from rl_trainer.devices import find_machine
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
-from rl_trainer.train import differences
+from rl_trainer.train_config import differences
 from tests.trainer.test_costs import HOST, PRICES, SCHEDULE
 
 LISTED = {

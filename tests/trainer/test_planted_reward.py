@@ -25,7 +25,8 @@ from rl_trainer.progress_model import ProgressModel
 from rl_trainer.reward_alarm import AlarmConfig
 from rl_trainer.reward_model import RECORD, load_reward_model
 from rl_trainer.shaping import ShapingConfig
-from rl_trainer.train import TrainConfig, train
+from rl_trainer.train import train
+from rl_trainer.train_config import TrainConfig
 from robot_client.arm import Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run

@@ -14,7 +14,8 @@ from rl_trainer.learner import LearnerConfig
 from rl_trainer.ranks import Ranks
 from rl_trainer.suite import cells_of
 from rl_trainer.tally import total
-from rl_trainer.train import STATE, TrainConfig, _claim, make_learner, seed_of, train
+from rl_trainer.train import make_learner, seed_of, train
+from rl_trainer.train_config import STATE, TrainConfig, claim
 from rl_trainer.train_state import TrainState
 
 LISTED = {
@@ -81,11 +82,11 @@ def test_a_resumed_run_continues_bit_for_bit(
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     run = config_of(tmp_path / "run", tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
-        _claim(replace(run, resume=True))
-    assert _claim(run) == run
-    assert _claim(replace(run, resume=True)) == run
+        claim(replace(run, resume=True))
+    assert claim(run) == run
+    assert claim(replace(run, resume=True)) == run
     (run.out / STATE).touch()
-    assert _claim(replace(run, resume=True)).resume
+    assert claim(replace(run, resume=True)).resume
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

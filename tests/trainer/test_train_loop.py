@@ -19,7 +19,8 @@ from policy_server.vla_model import VlaModel
 from protos import episode_pb2, policy_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import Learner, LearnerConfig
-from rl_trainer.train import TrainConfig, train
+from rl_trainer.train import train
+from rl_trainer.train_config import TrainConfig
 from tests.server.running import RunningServer, serving
 from tests.trainer.fake_worker import DECISIONS, TICKS, working
 
