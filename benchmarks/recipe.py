@@ -1,7 +1,7 @@
 """The experiments of the recipe: one resumable list, fixed before its first run, each result a file that is committed.
 
     python -m benchmarks.recipe --list                    what there is, and what is done
-    python -m benchmarks.recipe [--only object-gentle-0] [--hours 2]   runs what is not done, in the list's order
+    python -m benchmarks.recipe [--only object-near-0] [--hours 2]   runs what is not done, in the list's order
 
 An experiment is a series of runs and evaluations of what the last one leaves.  An interrupted run is resumed while its
 folder lies under --runs; a result, benchmarks/results/recipe/NAME.json, is never run again.  Nothing here was changed
@@ -109,13 +109,14 @@ COLLECT: Options = {"rollouts": "64", "slots": "8", "coarse-practice": None, "ra
 PPO: Options = {
     **COLLECT,
     "temperature": str(TEMPERATURE),
-    "learner.learning-rate": "3e-5",
+    "learner.learning-rate": "5e-5",
     "learner.average": "0.98",
     "learner.minibatch": "256",
     "learner.epochs": "2",
     "learner.critic-learning-rate": "1e-3",
     "learner.critic-epochs": "8",
     "learner.gamma": "0.998",
+    "learner.lambda_": "0.6",
     "learner.target-kl": "0.1",
 }
 NANO = "policy_server/checkpoints/nano"
@@ -169,7 +170,7 @@ ABLATED: dict[str, Options] = {
     "no-curriculum": {"curriculum.rule": "uniform"},
     "temperature-1": {"temperature": "1.0"},
     "no-warm-up": {"learner.warm-up": "0"},
-    "learning-rate-x10": {"learner.learning-rate": "3e-4"},
+    "learning-rate-x10": {"learner.learning-rate": "5e-4"},
 }
 FULL: Options = {"temperature": "1.5", "iterations": "8", "evaluate-every": "0"}
 
@@ -186,9 +187,9 @@ EXPERIMENTS = (
     Experiment(name="object-before", evaluations=measured("libero_object", TEMPERATURE)),
     *(
         improved(
-            f"object-gentle-{seed}",
+            f"object-near-{seed}",
             "libero_object",
-            {"iterations": "32", "evaluate-every": "4", "evaluate-states": "5", "seed": str(seed)},
+            {"iterations": "36", "evaluate-every": "4", "evaluate-states": "5", "seed": str(seed)},
             measured("libero_object", TEMPERATURE),
         )
         for seed in SEEDS
@@ -218,9 +219,9 @@ EXPERIMENTS = (
     Experiment(name="robosuite-before", evaluations=measured("robosuite", TEMPERATURE)),
     *(
         improved(
-            f"robosuite-gentle-{seed}",
+            f"robosuite-near-{seed}",
             "robosuite",
-            {"iterations": "32", "evaluate-every": "4", "evaluate-states": "20", "seed": str(seed)},
+            {"iterations": "36", "evaluate-every": "4", "evaluate-states": "20", "seed": str(seed)},
             measured("robosuite", TEMPERATURE),
         )
         for seed in SEEDS
