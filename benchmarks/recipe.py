@@ -82,10 +82,9 @@ class RecipeConfig:
 def measured(suite: str, temperature: float) -> tuple[Evaluation, ...]:
     """Before and after alike: held-out and fresh states, greedy and as it was sampled in training.
 
-    Greedy on more fresh states than there are held out: of 400 episodes, half of them successes, a rise of ten points
-    parts the intervals.
+    Greedy on all fresh states: of 1100 episodes, a rise from 85 to 90 % parts the intervals.
     """
-    held, fresh = (10, 30) if suite.startswith("libero") else (50, 100)
+    held, fresh = (10, 100) if suite.startswith("libero") else (50, 100)
     return tuple(
         Evaluation(suite=suite, protocol=protocol, episodes_per_task=per_task, temperature=sampled)
         for sampled, protocol, per_task in (
@@ -189,7 +188,7 @@ EXPERIMENTS = (
         improved(
             f"object-near-{seed}",
             "libero_object",
-            {"iterations": "36", "evaluate-every": "4", "evaluate-states": "5", "seed": str(seed)},
+            {"iterations": "64", "evaluate-every": "8", "evaluate-states": "5", "seed": str(seed)},
             measured("libero_object", TEMPERATURE),
         )
         for seed in SEEDS
@@ -221,7 +220,7 @@ EXPERIMENTS = (
         improved(
             f"robosuite-near-{seed}",
             "robosuite",
-            {"iterations": "36", "evaluate-every": "4", "evaluate-states": "20", "seed": str(seed)},
+            {"iterations": "64", "evaluate-every": "8", "evaluate-states": "20", "seed": str(seed)},
             measured("robosuite", TEMPERATURE),
         )
         for seed in SEEDS
