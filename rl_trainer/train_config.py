@@ -1,0 +1,129 @@
+"""What an online run is asked for, and the record of it that its folder holds: a run goes on as it was begun."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from rl_trainer.curriculum import CurriculumConfig
+from rl_trainer.learner import LearnerConfig
+from rl_trainer.reward_alarm import AlarmConfig
+from rl_trainer.shaping import ShapingConfig
+
+STATE, RECORD = "state.safetensors", "train.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Improves a policy online, by PPO on what workers do with it."""
+
+    out: Path
+    """where checkpoints, curves and, for a server of this run's own, episodes go"""
+    suite: str = "libero_object"
+    """of `python -m sim suites`"""
+    tasks: tuple[int, ...] = ()
+    """of the suite; none given: all"""
+    split: str = "train"
+    """initial states to practise on"""
+    model: str = "nano"
+    """the policy to begin with: nano, or a checkpoint's folder or hub id; a server that is given must serve it"""
+    server: str = ""
+    """HOST:PORT of a running policy server with workers of its own; none given: both are started here"""
+    admin: str = ""
+    """HOST:PORT of that server's admin service"""
+    iterations: int = 50
+    minutes: float | None = None
+    """wall time of the whole run; with iterations, whichever comes first"""
+    rollouts: int = 32
+    """episodes of an iteration"""
+    group: int = 1
+    """episodes that begin alike, for grpo and rloo; divides rollouts"""
+    temperature: float = 1.0
+    """of training episodes"""
+    overlap: bool = False
+    """collect the next iteration's episodes, with weights one update old, while this one is learned from"""
+    evaluate_every: int = 10
+    """iterations between two evaluations, greedy, on states that are never practised on; 0: none"""
+    evaluate_split: str = "tune"
+    evaluate_states: int = 0
+    """of each task, the first so many of the split; 0: all"""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    reward_model: Path | None = None
+    """what `python -m rl_trainer reward-model` has left; none given: success alone is rewarded"""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    lora_rank: int = 0
+    """train an adapter of this rank; 0 trains all weights"""
+    lora_alpha: float = 32.0
+    freeze_vision: bool = False
+    """vision towers and projector stay as they are: image tokens are computed once an iteration"""
+    processes: int = 2
+    """simulator processes started here"""
+    slots: int = 4
+    """episodes interleaved in each"""
+    coarse_practice: bool = False
+    """training episodes are drawn with simplified meshes, in a third of the time; evaluations never are"""
+    deterministic: bool = False
+    """the server's answers do not depend on what shares their pass; with no overlap, a run can be repeated"""
+    ranks: int = 1
+    """data-parallel processes of the learner"""
+    threads: int = 1
+    """torch threads of each"""
+    device: str = "cpu"
+    """of the learner: cpu, cuda, or auto (CUDA where there is one)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights in the model; masters are float32 always"""
+    seed: int = 0
+    resume: bool = False
+    """go on from --out"""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "rollouts", "group", "ranks", "threads", "processes", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.rollouts % self.group:
+            raise ValueError(f"rollouts must be whole groups of {self.group}, got {self.rollouts}")
+        if self.learner.advantage != "gae" and self.group < 2:
+            raise ValueError(f"{self.learner.advantage} compares episodes that begin alike: group must be >= 2, got 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes must be above 0, or none for no limit, got {self.minutes}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if bool(self.server) != bool(self.admin):
+            raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
+        if not self.server and self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
+
+
+BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
+"""What may differ between a run and its continuation."""
+
+
+def claim(config: TrainConfig) -> TrainConfig:
+    """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
+    record, wanted = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
+    if config.resume:
+        if not record.exists():
+            raise FileNotFoundError(f"{record}: there is no run to resume")
+        if changed := differences(record, config, but=BUDGET):
+            raise ValueError(f"{config.out} holds another run: {changed}")
+    elif record.exists():
+        raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, indent=1))
+    os.replace(partial, record)
+    # Killed before its first checkpoint, a run has asked for nothing yet: it begins again.
+    return replace(config, resume=config.resume and (config.out / STATE).exists())
+
+
+def differences(record: Path, config: TrainConfig, *, but: Sequence[str]) -> str:
+    """What a run's train.json says otherwise than the config, in words."""
+    before, wanted = json.loads(record.read_text()), json.loads(json.dumps(asdict(config), default=str))
+    changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
+    return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
