@@ -29,9 +29,10 @@ import tyro
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from protos import episode_pb2
 from protos.episode_file import SUFFIX, read_episode
-from rl_trainer.advantage import gae, normalised
+from rl_trainer.advantage import normalised
 from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import Critic
+from rl_trainer.learner import batch_gae
 from rl_trainer.loss import token_logprobs
 from rl_trainer.reward_model import load_reward_model
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
@@ -156,18 +157,9 @@ def estimated(groups: Sequence[Group], shaped: bool, lambda_: float, *, gamma: f
 def judge(critic: Critic, group: Group, shaped: bool, lambda_: float, gamma: float) -> tuple[np.ndarray, np.ndarray]:
     """float64 (n,) each: advantages and values."""
     value_n, after_E = critic(group.hidden_nD).double().numpy(), critic(group.after_ED).double().numpy()
-    lengths = [len(trajectory) for trajectory in group.trajectories]
-    parts = [
-        gae(r_T, v_T, 0.0 if t.after is None else float(after), t.ticks_T, gamma=gamma, lambda_=lambda_)
-        for t, r_T, v_T, after in zip(
-            group.trajectories,
-            group.rewards[shaped],
-            np.split(value_n, np.cumsum(lengths)[:-1]),
-            after_E,
-            strict=True,
-        )
-    ]
-    return np.concatenate(parts), value_n
+    after_E[[trajectory.after is None for trajectory in group.trajectories]] = 0.0
+    rewards = group.rewards[shaped]
+    return batch_gae(group.trajectories, rewards, value_n, after_E, gamma=gamma, lambda_=lambda_), value_n
 
 
 def gradients_of(

@@ -162,6 +162,16 @@ def improved(name: str, suite: str, options: Options, evaluations: tuple[Evaluat
     return Experiment(name=name, steps=(*prepared(suite), train), evaluations=evaluations)
 
 
+def whole(suite: str, *, evaluate_states: int) -> tuple[Experiment, ...]:
+    """All tasks of a suite: before, and after by seed."""
+    label, evaluations = suite.removeprefix("libero_"), measured(suite, TEMPERATURE)
+    budget = {"iterations": "64", "evaluate-every": "8", "evaluate-states": str(evaluate_states)}
+    return (
+        Experiment(name=f"{label}-before", evaluations=evaluations),
+        *(improved(f"{label}-near-{seed}", suite, {**budget, "seed": str(seed)}, evaluations) for seed in SEEDS),
+    )
+
+
 # The paper's table: all of it, and all but one thing.  8 iterations, since 18 runs are to take four hours.
 ABLATED: dict[str, Options] = {
     "full": {},
@@ -183,16 +193,7 @@ HARDEST = 2
 ONE_TASK: Options = {"tasks": str(HARDEST), "shaping.rule": "none", "iterations": "12", "evaluate-every": "2"}
 
 EXPERIMENTS = (
-    Experiment(name="object-before", evaluations=measured("libero_object", TEMPERATURE)),
-    *(
-        improved(
-            f"object-near-{seed}",
-            "libero_object",
-            {"iterations": "64", "evaluate-every": "8", "evaluate-states": "5", "seed": str(seed)},
-            measured("libero_object", TEMPERATURE),
-        )
-        for seed in SEEDS
-    ),
+    *whole("libero_object", evaluate_states=5),
     *(
         improved(
             f"{name}-{seed}",
@@ -215,16 +216,7 @@ EXPERIMENTS = (
         )
         for name, changed in WHICH_ADVANTAGE.items()
     ),
-    Experiment(name="robosuite-before", evaluations=measured("robosuite", TEMPERATURE)),
-    *(
-        improved(
-            f"robosuite-near-{seed}",
-            "robosuite",
-            {"iterations": "64", "evaluate-every": "8", "evaluate-states": "20", "seed": str(seed)},
-            measured("robosuite", TEMPERATURE),
-        )
-        for seed in SEEDS
-    ),
+    *whole("robosuite", evaluate_states=20),
 )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from policy_server.vla.checkpoint import Checkpoint, weights_fingerprint
+from policy_server.vla.checkpoint import weights_fingerprint
 from policy_server.vla.config import VLAConfig
 from policy_server.vla.decoding import DecodeInput, decode
 from policy_server.vla.derived import as_served
@@ -33,8 +33,8 @@ from policy_server.vla.tokenizer import Tokenizer
 from rl_trainer.costs import MOST_REQUESTS, Prices
 from rl_trainer.placement import Placement
 from rl_trainer.ranks import launched
-from rl_trainer.reward_model import load_reward_model
-from rl_trainer.train import follow, make_learner
+from rl_trainer.shaping import shaped_rewards
+from rl_trainer.train import follow, make_learner, reward_of
 from rl_trainer.train_config import TrainConfig
 from rl_trainer.trajectories import Trajectory
 
@@ -139,7 +139,8 @@ def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
         ranks.share(None)
         published = 1 + (config.learner.average > 0)  # an average of the weights goes beside them
         publish_s = published * _publishing_s(learner.model, config.dtype, observations[:PROBES])
-        judge_s = _judging_s(config, checkpoint, observations)
+        reward, gamma = reward_of(config, checkpoint), config.learner.gamma
+        judge_s = _wall_s(lambda: shaped_rewards(trajectories, reward, config.shaping, gamma=gamma)) / count
     return Learning(
         observations=observations,
         prepare_s=prepare_s,
@@ -228,14 +229,6 @@ def sampled_trajectories(
             )
         )
     return trajectories
-
-
-def _judging_s(config: TrainConfig, checkpoint: Checkpoint, observations: Sequence[Prepared]) -> float:
-    """Of the reward model, which the leader asks about each observation before the update."""
-    if config.reward_model is None or config.shaping.rule == "none":
-        return 0.0
-    reward = load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer)
-    return _wall_s(lambda: reward.predict(observations)) / len(observations)
 
 
 def _publishing_s(model: VLA, dtype: str, probes: Sequence[Prepared]) -> float:

@@ -242,12 +242,8 @@ class Learner:
         """float64 (n,) each: advantages, and what the critic should have said."""
         config, lengths = self.config, [len(trajectory) for trajectory in trajectories]
         if config.advantage == "gae":
-            values_E = np.split(looked.values_n, np.cumsum(lengths)[:-1])
-            parts = [
-                gae(r_T, v_T, float(after), trajectory.ticks_T, gamma=config.gamma, lambda_=config.lambda_)
-                for trajectory, r_T, v_T, after in zip(trajectories, rewards, values_E, looked.after_E, strict=True)
-            ]
-            advantage_n = np.concatenate(parts)
+            how = {"gamma": config.gamma, "lambda_": config.lambda_}
+            advantage_n = batch_gae(trajectories, rewards, looked.values_n, looked.after_E, **how)
             target_n = advantage_n + looked.values_n
             if config.normalise:
                 advantage_n = normalised(advantage_n, np.ones(len(advantage_n), bool))
@@ -390,6 +386,24 @@ class Learner:
             self.steps += 1
             norms["gradient_norm"] = self.policy_optimizer.step(self.config.learning_rate)
         return norms
+
+
+def batch_gae(
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[np.ndarray],
+    values_n: np.ndarray,
+    after_E: np.ndarray,
+    *,
+    gamma: float,
+    lambda_: float,
+) -> np.ndarray:
+    """float64 (n,): gae() of each trajectory.  after_E: the value of what it was cut before, 0 where its task ended."""
+    values_E = np.split(values_n, np.cumsum([len(trajectory) for trajectory in trajectories])[:-1])
+    parts = [
+        gae(r_T, v_T, float(after), trajectory.ticks_T, gamma=gamma, lambda_=lambda_)
+        for trajectory, r_T, v_T, after in zip(trajectories, rewards, values_E, after_E, strict=True)
+    ]
+    return np.concatenate(parts)
 
 
 def _optimizer(

@@ -38,7 +38,7 @@ from rl_trainer.publisher import Publisher
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import RewardAlarm
-from rl_trainer.reward_model import load_reward_model
+from rl_trainer.reward_model import RewardModel, load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
@@ -122,6 +122,13 @@ def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint
     return learner, checkpoint
 
 
+def reward_of(config: TrainConfig, checkpoint: Checkpoint) -> RewardModel | None:
+    """What judges the policy's observations, where the run has such a model."""
+    if config.reward_model is None:
+        return None
+    return load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer)
+
+
 def compute_device(asked: str) -> str:
     """What `auto` means here.  Raises ValueError when CUDA is asked for and is not to be had."""
     cuda = torch.cuda.is_available()
@@ -159,9 +166,7 @@ class Run:
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
         self.instructions = {task: listed["tasks"][task] for task, _ in [*self.curriculum.cells, *self.held_out]}
         self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
-        self.reward = None
-        if config.reward_model is not None:
-            self.reward = load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer)
+        self.reward = reward_of(config, checkpoint)
         self.alarm = RewardAlarm(config.alarm)
         self.state = TrainState.fresh(config.out.name)
         if config.resume:
