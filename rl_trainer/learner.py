@@ -48,6 +48,8 @@ class LearnerConfig:
     lambda_: float = 0.95
     """of GAE, a decision"""
     learning_rate: float = 2e-5
+    anneal: int = 0
+    """iterations over which the policy's learning rate falls in a line to 0, the warm-up's among them; 0: it stays"""
     average: float = 0.0
     """what is evaluated and released is an average of the weights that keeps so much of itself a step; 0: no average"""
     critic: CriticKind = "shared"
@@ -94,7 +96,7 @@ class LearnerConfig:
         for name in ("epochs", "minibatch", "microbatch", "critic_epochs", "critic_minibatch", "critic_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "critic_learning_rate", "warm_up", "target_kl", "critic_weight"):
+        for name in ("learning_rate", "critic_learning_rate", "anneal", "warm_up", "target_kl", "critic_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
@@ -180,6 +182,13 @@ class Learner:
     def warming_up(self) -> bool:
         """The critic alone learns."""
         return self.config.advantage == "gae" and self.iteration < self.config.warm_up
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the policy, in this iteration."""
+        config = self.config
+        left = 1 - self.iteration / config.anneal if config.anneal else 1.0
+        return config.learning_rate * max(left, 0.0)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model is the policy that is released, inside the block: its weights' average, where there is one."""
@@ -384,7 +393,8 @@ class Learner:
             norms["critic_gradient_norm"] = self.critic_optimizer.step(self.config.critic_learning_rate)
         if "policy" in who:
             self.steps += 1
-            norms["gradient_norm"] = self.policy_optimizer.step(self.config.learning_rate)
+            norms["learning_rate"] = self.learning_rate
+            norms["gradient_norm"] = self.policy_optimizer.step(self.learning_rate)
         return norms
 
 

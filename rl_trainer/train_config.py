@@ -90,6 +90,11 @@ class TrainConfig:
             raise ValueError(f"rollouts must be whole groups of {self.group}, got {self.rollouts}")
         if self.learner.advantage != "gae" and self.group < 2:
             raise ValueError(f"{self.learner.advantage} compares episodes that begin alike: group must be >= 2, got 1")
+        if 0 < self.learner.anneal < self.iterations:
+            raise ValueError(
+                "learner.anneal must be 0 or >= iterations, since nothing is learned at a rate of 0, got"
+                f" {self.learner.anneal} with {self.iterations} iterations"
+            )
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes must be above 0, or none for no limit, got {self.minutes}")
         if self.temperature <= 0:

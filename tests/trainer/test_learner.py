@@ -326,6 +326,18 @@ def test_without_a_critic_the_critic_learns_nothing(tiny_vla: Path) -> None:
     assert distance(weights(learner.critic), before) == 0
 
 
+def test_the_learning_rate_falls_in_a_line_and_a_resumed_run_goes_on_along_it(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, learning_rate=1e-3, anneal=4))
+    fresh = trajectories_of(learner.model)
+    rates = [learner.update(fresh)["learning_rate"] for _ in range(2)]
+    resumed = learner_of(tiny_vla, learner.config)
+    resumed.load(learner.state())
+    rates += [resumed.update(fresh)["learning_rate"] for _ in range(2)]
+    before = weights(resumed.model)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert resumed.update(fresh)["learning_rate"] == 0 and distance(weights(resumed.model), before) == 0
+
+
 def test_a_batch_that_is_too_far_from_the_start_is_measured_and_leaves_no_trace(tiny_vla: Path) -> None:
     """Overlapped episodes are of older weights: the first minibatch may be beyond the target, and nothing else done."""
     config = replace(CONFIG, target_kl=0.1, minibatch=64, critic_learning_rate=0.0)

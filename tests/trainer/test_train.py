@@ -120,6 +120,10 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
         ({"rollouts": 5, "group": 2}, "whole groups of 2, got 5"),
         ({"learner": LearnerConfig(advantage="grpo")}, "group must be >= 2, got 1"),
         ({"server": "localhost:1"}, "server and admin are given together"),
+        (
+            {"iterations": 5, "learner": LearnerConfig(anneal=4)},
+            "anneal must be 0 or >= iterations, .* got 4 with 5 iterations",
+        ),
         ({"device": "cuda:1"}, "device must be cpu, cuda or auto where the run is placed, got 'cuda:1'"),
     ],
 )
