@@ -1,18 +1,17 @@
 """How much of a policy gradient is signal, by the way its advantages are estimated.
 
-    python -m benchmarks.gradient_noise --run runs/recipe/object-near-0 [--iterations 16]
+    python -m benchmarks.gradient_noise --run runs/recipe/object-coherent-0 [--first 6] [--iterations 20]
 
-The practice episodes of a run's first iterations are split at random into groups of about one iteration's size, and
-each group's gradient is taken at the weights the run began with.  What two groups have in common is signal: the mean
-inner product of two groups' gradients estimates |signal|^2, that of a gradient with itself |signal|^2 + |noise|^2.
-Printed is their ratio for one group, and its standard error by a jackknife over groups; every coordinate is divided by
-its root mean square over groups, as Adam would.  Critics are fitted to other groups than those they judge.  Taken is
-the gradient of the language model's last block and head alone, a third of the work.  Prints a table and writes
-benchmarks/results/gradient_noise.json.
+Each iteration's practice episodes give a gradient, at the weights they were practised with.  What two iterations have
+in common is signal: the mean inner product of two gradients estimates |signal|^2, that of a gradient with itself
+|signal|^2 + |noise|^2.  Printed is their ratio for one iteration and its standard error by a jackknife over all;
+plain, as SGD would step, and with every coordinate divided by its root mean square over iterations, as Adam would.
+Critics are fitted to other iterations than those they judge, on what the backbone made of the observations when the run
+began.  Prints a table and writes benchmarks/results/gradient_noise/RUN.json.
 
 Episodes must be independent: runs of one seed share theirs, and what they share looks like signal.
 
-Shapes: G groups, n decisions of a group, E its trajectories, D width of the backbone, P numbers of a gradient.
+Shapes: G iterations, n decisions of one, E its trajectories, D width of the backbone, P numbers of a gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import load_file
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from protos import episode_pb2
@@ -34,7 +34,7 @@ from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import Critic
 from rl_trainer.learner import batch_gae
 from rl_trainer.loss import token_logprobs
-from rl_trainer.reward_model import load_reward_model
+from rl_trainer.reward_model import RewardModel, load_reward_model
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
 from rl_trainer.train_config import RECORD
 from rl_trainer.trajectories import Trajectory, TrajectoryReader
@@ -42,13 +42,13 @@ from rl_trainer.trajectories import Trajectory, TrajectoryReader
 ESTIMATORS = {
     f"{'shaped' if shaped else 'outcome'}, lambda {lambda_:g}": (shaped, lambda_)
     for shaped in (True, False)
-    for lambda_ in (0.0, 0.5, 0.8, 0.95, 1.0)
+    for lambda_ in (0.0, 0.6, 0.95)
 }
 FOLDS = 4
 CRITIC = {"rounds": 8, "rows": 128, "rate": 1e-3}
 """A round: targets by the critic as it is, then one epoch."""
 PASS = 64
-RESULT = Path(__file__).parent / "results" / "gradient_noise.json"
+RESULTS = Path(__file__).parent / "results" / "gradient_noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +57,21 @@ class GradientNoiseConfig:
 
     run: Path
     """folder of a run of GAE that had a reward model and started its own server"""
-    iterations: int = 16
-    """its first so many; the policy has hardly changed meanwhile, if its rate was low"""
-    groups: int = 16
-    out: Path = field(default=RESULT)
+    first: int = 0
+    """iteration, from 0"""
+    iterations: int = 20
+    """so many; the signal should not change much meanwhile"""
+    threads: int = 2
+    out: Path = field(default=RESULTS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Some of the episodes."""
+    """The episodes of an iteration."""
 
     trajectories: Sequence[Trajectory]
+    weights: Path | None
+    """they were practised with; None: those the run began with"""
     hidden_nD: torch.Tensor
     after_ED: torch.Tensor
     """of what each trajectory was cut before; zeros where its task ended"""
@@ -76,42 +80,58 @@ class Group:
 
 
 def main(config: GradientNoiseConfig) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.threads)
     record = json.loads((config.run / RECORD).read_text())
     gamma = record["learner"]["gamma"]
     checkpoint = load_checkpoint(record["model"])
     reward = load_reward_model(Path(record["reward_model"]), checkpoint.config, checkpoint.tokenizer)
-    trajectories = practised(config, checkpoint)
-    order = np.random.default_rng(0).permutation(len(trajectories))
-    groups = list[Group]()
-    for number in range(config.groups):
-        some = [trajectories[index] for index in order[number :: config.groups]]
-        hidden_nD, after_ED = read(checkpoint, some)
-        rewards = {
-            shaped: shaped_rewards(some, reward if shaped else None, ShapingConfig(), gamma=gamma)
-            for shaped in (True, False)
-        }
-        groups.append(Group(trajectories=some, hidden_nD=hidden_nD, after_ED=after_ED, rewards=rewards))
-    print(f"{len(trajectories)} trajectories in {config.groups} groups", flush=True)
+    groups = [group_of(some, config.run, record, checkpoint, reward) for some in practised(config, checkpoint)]
+    print(f"{sum(len(group.trajectories) for group in groups)} trajectories of {len(groups)} iterations", flush=True)
     advantages = {name: estimated(groups, *how, gamma=gamma) for name, how in ESTIMATORS.items()}
     gradients = gradients_of(checkpoint, groups, advantages)
-    measured = {name: signal(gradients_GP) for name, gradients_GP in gradients.items()}
-    for name, (ratio, error) in measured.items():
-        print(f"{name:24} {ratio:7.4f} +- {error:.4f}")
-    settings = {"run": config.run.name, "trajectories": len(trajectories), "groups": config.groups}
-    config.out.write_text(json.dumps(settings | {"signal_to_noise_squared": measured}, indent=1) + "\n")
+    measured = {name: {"plain": signal(g_GP), "adam": signal(scaled(g_GP))} for name, g_GP in gradients.items()}
+    for name, ratios in measured.items():
+        print(f"{name:24}", *(f"{how} {ratio:7.4f} +- {error:.4f}" for how, (ratio, error) in ratios.items()))
+    about = {name: record[name] for name in ("temperature", "noise_correlation", "rollouts") if name in record}
+    about |= {"run": config.run.name, "first": config.first, "iterations": len(groups)}
+    config.out.mkdir(parents=True, exist_ok=True)
+    result = json.dumps(about | {"signal_to_noise_squared": measured}, indent=1)
+    (config.out / f"{config.run.name}.json").write_text(result + "\n")
 
 
-def practised(config: GradientNoiseConfig, checkpoint: Checkpoint) -> list[Trajectory]:
-    """Of the run's first iterations, in the order they were asked for."""
-    reader, found = TrajectoryReader(checkpoint.config, checkpoint.tokenizer), dict[tuple[int, int], list[Trajectory]]()
-    for path in (config.run / "episodes").rglob(f"*{SUFFIX}"):
+def practised(config: GradientNoiseConfig, checkpoint: Checkpoint) -> list[list[Trajectory]]:
+    """Of each iteration that is asked for."""
+    reader, last = TrajectoryReader(checkpoint.config, checkpoint.tokenizer), config.first + config.iterations
+    found = {iteration: list[Trajectory]() for iteration in range(config.first, last)}
+    for path in sorted((config.run / "episodes").rglob(f"*{SUFFIX}")):
         episode = read_episode(path)
         if episode.start.purpose == episode_pb2.PURPOSE_TRAIN:
-            _, iteration, number = episode.start.rollout_id.split("/")
-            if int(iteration) < config.iterations:
-                found[int(iteration), int(number)] = reader.read(episode)
-    return [trajectory for _, some in sorted(found.items()) for trajectory in some]
+            iteration = int(episode.start.rollout_id.split("/")[1])
+            if iteration in found:
+                found[iteration] += reader.read(episode)
+    if missing := [iteration for iteration, some in found.items() if not some]:
+        raise ValueError(
+            f"{config.run} must have episodes of iterations {config.first} to {last - 1}, none of {missing}"
+        )
+    return list(found.values())
+
+
+def group_of(
+    trajectories: Sequence[Trajectory], run: Path, record: dict, checkpoint: Checkpoint, reward: RewardModel
+) -> Group:
+    """Reads what the episodes show, with the weights the run began with."""
+    versions = {int(version) for trajectory in trajectories for version in trajectory.version_T}
+    if len(versions) != 1:
+        raise ValueError(f"an iteration must be practised with one version, not overlapped, got {sorted(versions)}")
+    (version,) = versions
+    weights = run / "episodes" / "versions" / f"{version:08d}" / "model.safetensors" if version else None
+    hidden_nD, after_ED = read(checkpoint, trajectories)
+    gamma = record["learner"]["gamma"]
+    rewards = {
+        shaped: shaped_rewards(trajectories, reward if shaped else None, ShapingConfig(), gamma=gamma)
+        for shaped in (True, False)
+    }
+    return Group(trajectories=trajectories, weights=weights, hidden_nD=hidden_nD, after_ED=after_ED, rewards=rewards)
 
 
 @torch.no_grad()
@@ -166,12 +186,13 @@ def gradients_of(
     checkpoint: Checkpoint, groups: Sequence[Group], advantages: dict[str, list[np.ndarray]]
 ) -> dict[str, torch.Tensor]:
     """float32 (G, P) by estimator: of the mean over a group's decisions of advantage times log-probability."""
-    model, last = checkpoint.model, f".layers.{checkpoint.config.llm.num_hidden_layers - 1}."
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("language_model" in name and (last in name or "lm_head" in name))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, trained = checkpoint.model, list(checkpoint.model.parameters())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    began = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {name: torch.zeros(len(groups), sum(p.numel() for p in trained)) for name in advantages}
     for number, group in enumerate(groups):
+        model.load_state_dict(load_file(group.weights) if group.weights else began)
         batch = Batch.of(group.trajectories)
         prompts = Prompter(model, batch.observations)
         for rows in prompts.parts(np.arange(len(batch)), PASS):
@@ -188,10 +209,14 @@ def gradients_of(
     return found
 
 
+def scaled(gradients_GP: torch.Tensor) -> torch.Tensor:
+    """As Adam does."""
+    return gradients_GP / gradients_GP.square().mean(0).sqrt().clamp_min(1e-12)
+
+
 def signal(gradients_GP: torch.Tensor) -> tuple[float, float]:
     """|signal|^2 / |noise|^2 of one group, and its standard error."""
-    scaled_GP = gradients_GP / gradients_GP.square().mean(0).sqrt().clamp_min(1e-12)
-    products_GG = (scaled_GP @ scaled_GP.T).double()
+    products_GG = (gradients_GP @ gradients_GP.T).double()
     own = float(products_GG.diagonal().mean())
 
     def common(kept: list[int]) -> float:

@@ -29,6 +29,8 @@ class DecodeRequest:
     version: int
     temperature: float
     """0 is greedy."""
+    noise_correlation: float = 0.0
+    """Between the ticks of a chunk, in [0, 1)."""
     seed: int
     decision: int
     """The random stream of the answer is a function of (seed, decision)."""

@@ -36,10 +36,15 @@ def read_observation(message: episode_pb2.Observation, spec: policy_pb2.PolicySp
     return Observed(images=images, state_S=state_S, instruction=message.instruction)
 
 
-def check_temperature(temperature: float, *, field: str) -> None:
-    """Raises BadRequest for what logits cannot be divided by; 0 is greedy."""
+def check_sampling(temperature: float, noise_correlation: float, *, field: str = "") -> None:
+    """Raises BadRequest for what logits cannot be divided by, and for no correlation.
+
+    field: of the message, with a dot after it.
+    """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise BadRequest(f"must be finite and not negative, got {temperature}", field=field)
+        raise BadRequest(f"must be finite and not negative, got {temperature}", field=f"{field}temperature")
+    if not 0 <= noise_correlation < 1:
+        raise BadRequest(f"must be in [0, 1), got {noise_correlation}", field=f"{field}noise_correlation")
 
 
 def _image(message: episode_pb2.Observation, name: str, max_bytes: int, field: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from policy_server.episode_store import EpisodeStore, Stored
 from policy_server.errors import BadRequest, OutOfOrder, Overloaded, Unavailable
-from policy_server.observation import check_temperature
+from policy_server.observation import check_sampling
 from policy_server.refusals import RETRY_SOON_MS, Door, refusing
 from policy_server.rollout_queue import Lease, RolloutQueue, run_of
 from policy_server.versions import Versions
@@ -201,6 +201,6 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
             raise BadRequest(
                 f"must be PURPOSE_TRAIN or PURPOSE_EVALUATE, got code {rollout.purpose}", field=f"{field}.purpose"
             )
-        check_temperature(rollout.temperature, field=f"{field}.temperature")
+        check_sampling(rollout.temperature, rollout.noise_correlation, field=f"{field}.")
         if rollout.HasField("version"):
             self._versions.check(rollout.version, field=f"{field}.version")

@@ -19,7 +19,7 @@ from typing import Any
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.episodes import Episode, Episodes, Flight
 from policy_server.errors import Abandoned, BadRequest, Refused, Superseded
-from policy_server.observation import Observed, check_temperature, check_ticks, read_observation
+from policy_server.observation import Observed, check_sampling, check_ticks, read_observation
 from policy_server.refusals import Door, refusals_only, refusing
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
@@ -186,6 +186,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
                 prepared=prepared,
                 version=self._versions.live if start.follow_live else start.version,
                 temperature=start.temperature,
+                noise_correlation=start.noise_correlation,
                 seed=start.seed,
                 decision=request.decision,
             )
@@ -235,7 +236,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """The first record of an episode.  What to run and how to sample is the rollout's to say, when there is one."""
         asked = rollout if rollout is not None else request
         follow_live = request.follow_live and rollout is None
-        check_temperature(asked.temperature, field="temperature")
+        check_sampling(asked.temperature, asked.noise_correlation)
         if asked.purpose == episode_pb2.PURPOSE_UNSPECIFIED:
             raise BadRequest("must say what the episode is for, got PURPOSE_UNSPECIFIED", field="purpose")
         if follow_live and asked.HasField("version"):
@@ -251,6 +252,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             version=self._versions.check(asked.version) if asked.HasField("version") else self._versions.live,
             follow_live=follow_live,
             temperature=asked.temperature,
+            noise_correlation=asked.noise_correlation,
             seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
             base_fingerprint=self._spec.base_fingerprint,
             image_path=self._spec.image_path,

@@ -56,6 +56,7 @@ class VlaModel:
                 DecodeInput(
                     prepared=request.prepared,
                     temperature=request.temperature,
+                    noise_correlation=request.noise_correlation,
                     seed=request.seed,
                     decision=request.decision,
                 )

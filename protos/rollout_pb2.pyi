@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Rollout(_message.Message):
-    __slots__ = ("rollout_id", "task", "initial_state", "purpose", "version", "temperature", "seed")
+    __slots__ = ("rollout_id", "task", "initial_state", "purpose", "version", "temperature", "seed", "noise_correlation")
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     INITIAL_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class Rollout(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    NOISE_CORRELATION_FIELD_NUMBER: _ClassVar[int]
     rollout_id: str
     task: str
     initial_state: str
@@ -22,7 +23,8 @@ class Rollout(_message.Message):
     version: int
     temperature: float
     seed: int
-    def __init__(self, rollout_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    noise_correlation: float
+    def __init__(self, rollout_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., noise_correlation: _Optional[float] = ...) -> None: ...
 
 class EnqueueRolloutsRequest(_message.Message):
     __slots__ = ("rollouts",)

@@ -247,7 +247,7 @@ class Run:
         """Greedy success of what is released, on states that are never practised on, with its Wilson interval."""
         name, purpose = f"evaluate-{self.learner.iteration}", episode_pb2.PURPOSE_EVALUATE
         rollouts = [
-            self._rollout(name, number, cell, version=self.state.released, purpose=purpose, temperature=0.0)
+            self._rollout(name, number, cell, version=self.state.released, purpose=purpose)
             for number, cell in enumerate(self.held_out)
         ]
         started_s = self.seconds
@@ -297,16 +297,15 @@ class Run:
     def _ask(self, iteration: int) -> None:
         """Chooses the rollouts of an iteration and enqueues them."""
         cells = self.curriculum.sample(self.config.rollouts // self.config.group, group=self.config.group)
-        how = {"purpose": episode_pb2.PURPOSE_TRAIN, "temperature": self.config.temperature}
-        self.state.asked = [
-            self._rollout(str(iteration), number, cell, version=self.state.version, **how)
-            for number, cell in enumerate(cells)
-        ]
+        noise = {"temperature": self.config.temperature, "noise_correlation": self.config.noise_correlation}
+        how = {"version": self.state.version, "purpose": episode_pb2.PURPOSE_TRAIN, **noise}
+        self.state.asked = [self._rollout(str(iteration), number, cell, **how) for number, cell in enumerate(cells)]
         self.queue.enqueue(self.state.asked)
 
     def _rollout(
-        self, name: str, number: int, cell: Cell, *, version: int, purpose: episode_pb2.Purpose, temperature: float
+        self, name: str, number: int, cell: Cell, *, version: int, purpose: episode_pb2.Purpose, **noise: float
     ) -> rollout_pb2.Rollout:
+        """noise: temperature and noise_correlation; without, the rollout is greedy."""
         rollout_id = f"{self.state.run}/{name}/{number}"
         return rollout_pb2.Rollout(
             rollout_id=rollout_id,
@@ -314,8 +313,8 @@ class Run:
             initial_state=cell[1],
             purpose=purpose,
             version=version,
-            temperature=temperature,
             seed=seed_of(self.config.seed, name, number),
+            **noise,
         )
 
     def _collect(self, rollouts: Sequence[rollout_pb2.Rollout]) -> list[Finished]:

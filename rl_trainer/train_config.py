@@ -44,6 +44,8 @@ class TrainConfig:
     """episodes that begin alike, for grpo and rloo; divides rollouts"""
     temperature: float = 1.0
     """of training episodes"""
+    noise_correlation: float = 0.0
+    """of their noise, between the ticks of a chunk, in [0, 1): exploration that does not average out along the chunk"""
     overlap: bool = False
     """collect the next iteration's episodes, with weights one update old, while this one is learned from"""
     evaluate_every: int = 10
@@ -99,6 +101,8 @@ class TrainConfig:
             raise ValueError(f"minutes must be above 0, or none for no limit, got {self.minutes}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.noise_correlation < 1:
+            raise ValueError(f"noise_correlation must be in [0, 1), got {self.noise_correlation}")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
         if not self.server and self.device not in ("cpu", "cuda", "auto"):

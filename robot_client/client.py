@@ -91,6 +91,7 @@ class PolicyClient:
                 version=rollout.version,
                 follow_live=rollout.follow_live,
                 temperature=rollout.temperature,
+                noise_correlation=rollout.noise_correlation,
                 seed=rollout.seed,
                 arm=arm.name,
                 asset_tree=arm.asset_tree,

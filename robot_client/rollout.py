@@ -19,6 +19,8 @@ class Rollout:
     purpose: Purpose = "deploy"
     temperature: float = 0.0
     """0 is greedy."""
+    noise_correlation: float = 0.0
+    """How much of the sampling noise the ticks of a chunk share, in [0, 1)."""
     seed: int | None = None
     """The episode's random stream; None lets the server draw one."""
     version: int | None = None

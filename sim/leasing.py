@@ -178,5 +178,6 @@ def rollout_of(lease: Lease, *, coarse_practice: bool = False) -> Rollout:
         ),
         purpose=purpose,
         temperature=leased.temperature,
+        noise_correlation=leased.noise_correlation,
         lease_id=lease.lease_id,
     )

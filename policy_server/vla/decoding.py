@@ -26,6 +26,8 @@ class DecodeInput:
     prepared: Prepared
     temperature: float = 0.0
     """0 is greedy."""
+    noise_correlation: float = 0.0
+    """Between the ticks of a chunk, for each action dimension."""
     seed: int = 0
     """uint64; with `decision` it fixes the random stream."""
     decision: int = 0
@@ -60,7 +62,7 @@ def decode(vla: VLA, inputs: Sequence[DecodeInput], shape: PassShape | None = No
     prompts = collate([one.prepared for one in batch], prompt_length=shape and shape.prompt_length).to(vla.device)
     sampler = Sampler(
         [one.temperature for one in batch],
-        np.stack([uniform_numbers(one.seed, one.decision, vla.config.action_tokens) for one in batch]),
+        np.stack([_uniform_numbers(vla, one) for one in batch]),
         device=vla.device,
     )
     context_BCD = vla.context(prompts)
@@ -84,6 +86,12 @@ def decode(vla: VLA, inputs: Sequence[DecodeInput], shape: PassShape | None = No
         prefill_s=prefill_s,
         decode_s=clock.lap_s(),
     )
+
+
+def _uniform_numbers(vla: VLA, one: DecodeInput) -> np.ndarray:
+    """float64 (N,)."""
+    chunk = (vla.config.chunk_length, vla.config.action_dim)
+    return uniform_numbers(one.seed, one.decision, chunk, correlation=one.noise_correlation).reshape(-1)
 
 
 def _padded(inputs: Sequence[DecodeInput], shape: PassShape | None) -> list[DecodeInput]:

@@ -38,7 +38,15 @@ class Sampler:
         return logprobs.gather(-1, columns_BN[..., None])[..., 0]
 
 
-def uniform_numbers(seed: int, decision: int, count: int) -> np.ndarray:
-    """float64 (count,) in [0, 1): a counter-based stream of its own for each (seed, decision)."""
-    key = np.array([seed, decision], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+def uniform_numbers(seed: int, decision: int, chunk: tuple[int, int], *, correlation: float = 0.0) -> np.ndarray:
+    """float64 (K, A) in [0, 1), K ticks of A tokens each: a counter-based stream of its own for each (seed, decision).
+
+    correlation: between the numbers of one dimension at two ticks (those of a Gaussian copula, before its distribution
+    function); each number alone is uniform whatever it is, so that each token still follows its own distribution.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, decision], np.uint64)))
+    if not correlation:
+        return generator.random(chunk)
+    shared_A, own_KA = generator.standard_normal(chunk[1]), generator.standard_normal(chunk)
+    normal_KA = correlation**0.5 * shared_A + (1 - correlation) ** 0.5 * own_KA
+    return torch.special.ndtr(torch.from_numpy(normal_KA)).numpy().clip(max=np.nextafter(1, 0))

@@ -158,10 +158,11 @@ def test_a_start_whose_reply_was_lost_opens_one_episode(client, policy):
 
 
 def test_a_start_carries_what_the_rollout_asks_for(client, policy):
-    rollout = rollout_of(name="libero_object/3", purpose="evaluate", temperature=0.5, seed=9, version=1)
+    sampling = {"temperature": 0.5, "noise_correlation": 0.25, "seed": 9, "version": 1}
+    rollout = rollout_of(name="libero_object/3", purpose="evaluate", **sampling)
     opened = client.start_episode(rollout, spec_of())
     start = policy.only_episode.start
-    assert opened.seed == 9
+    assert opened.seed == 9 and start.noise_correlation == 0.25
     assert (start.task, start.temperature, start.version, start.arm) == ("libero_object/3", 0.5, 1, "fake")
     assert not policy_pb2.StartEpisodeRequest().HasField("seed") and start.HasField("seed")
 

@@ -102,6 +102,8 @@ def test_a_bad_tick_is_refused_by_field(server, what, where):
         ({"purpose": episode_pb2.PURPOSE_UNSPECIFIED}, "purpose"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"noise_correlation": -0.5}, "noise_correlation"),
+        ({"noise_correlation": float("nan")}, "noise_correlation"),
         ({"version": 0, "follow_live": True}, "follow_live"),
     ],
 )

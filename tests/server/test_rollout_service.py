@@ -87,9 +87,8 @@ def spoil(path: Path) -> None:
 
 
 def test_a_leased_rollout_says_what_its_episode_is_and_the_episode_completes_it(server, tmp_path):
-    asked = messages.rollout(
-        "r/0", "fake/3", initial_state="17", purpose=episode_pb2.PURPOSE_EVALUATE, version=0, temperature=1.5, seed=9
-    )
+    sampling = {"version": 0, "temperature": 1.5, "noise_correlation": 0.5, "seed": 9}
+    asked = messages.rollout("r/0", "fake/3", initial_state="17", purpose=episode_pb2.PURPOSE_EVALUATE, **sampling)
     assert enqueue(server, asked) == 1 and counts(server) == (1, 0, 0, 0)
     leased = lease(server)
     assert leased.rollout == asked and leased.lease_ms == 30_000 and counts(server) == (0, 1, 0, 0)
@@ -100,7 +99,8 @@ def test_a_leased_rollout_says_what_its_episode_is_and_the_episode_completes_it(
     (episode,) = whole(tmp_path)
     told = episode.start
     assert (told.rollout_id, told.task, told.initial_state) == ("r/0", "fake/3", "17")
-    assert (told.purpose, told.temperature, told.seed) == (episode_pb2.PURPOSE_EVALUATE, 1.5, 9)
+    assert told.purpose == episode_pb2.PURPOSE_EVALUATE
+    assert (told.temperature, told.noise_correlation, told.seed) == (1.5, 0.5, 9)
     assert (told.version, told.follow_live) == (0, False)
 
 
@@ -268,6 +268,11 @@ BAD = {
     "a purpose of the future": (messages.rollout("r/0", purpose=99), "rollouts[0].purpose", "got code 99"),
     "cold": (messages.rollout("r/0", temperature=-1), "rollouts[0].temperature", "not negative, got -1"),
     "no number": (messages.rollout("r/0", temperature=float("nan")), "rollouts[0].temperature", "must be finite"),
+    "one noise for all": (
+        messages.rollout("r/0", noise_correlation=1),
+        "rollouts[0].noise_correlation",
+        "in [0, 1), got 1",
+    ),
     "no such weights": (messages.rollout("r/0", version=7), "rollouts[0].version", "there is no version 7"),
 }
 

@@ -28,9 +28,9 @@ def observation(number: int) -> episode_pb2.Observation:
     )
 
 
-def chunk(server, number: int, *, seed: int = 0, temperature: float = 1.0, together: int = 0) -> episode_pb2.Chunk:
+def chunk(server, number: int, *, together: int = 0, **sampling: float) -> episode_pb2.Chunk:
     """The answer to observation `number`, while `together` other requests are under way."""
-    start = messages.start(seed=seed, temperature=temperature)
+    start = messages.start(**{"seed": 0, "temperature": 1.0} | sampling)
     episode_id = server.policy.StartEpisode(start).episode_id
     others = [server.policy.StartEpisode(messages.start()).episode_id for _ in range(together)]
     request = policy_pb2.ActRequest(episode_id=episode_id, decision=0, observation=observation(number))
@@ -64,7 +64,8 @@ def test_actions_are_what_the_tokens_stand_for_by_the_formula_in_the_spec(live_s
 
 def test_sampling_is_a_function_of_the_request_alone(live_server):
     alone = chunk(live_server, 2, seed=7)
-    assert tokens(chunk(live_server, 2, seed=8)) != tokens(alone)
+    for other in ({"seed": 8}, {"seed": 7, "noise_correlation": 0.9}):
+        assert tokens(chunk(live_server, 2, **other)) != tokens(alone)
     for together in (0, 1, 5):
         again = chunk(live_server, 2, seed=7, together=together)
         assert tokens(again) == tokens(alone)

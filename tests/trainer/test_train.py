@@ -116,6 +116,7 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
     ("changes", "message"),
     [
         ({"temperature": 0.0}, "temperature must be above 0, got 0"),
+        ({"noise_correlation": 1.0}, r"noise_correlation must be in \[0, 1\), got 1"),
         ({"minutes": 0.0}, "minutes must be above 0, or none for no limit, got 0"),
         ({"rollouts": 5, "group": 2}, "whole groups of 2, got 5"),
         ({"learner": LearnerConfig(advantage="grpo")}, "group must be >= 2, got 1"),

@@ -81,16 +81,16 @@ def test_a_run_practises_with_what_it_published_and_measures_greedily_on_other_s
     tiny_vla: Path, tmp_path: Path
 ) -> None:
     """Defects 1, 9, 10 and 12, seen from outside."""
-    rows, found = run(tmp_path, tiny_vla)
+    rows, found = run(tmp_path, tiny_vla, noise_correlation=0.5)
     practised, measured = [found["0"], found["1"]], [found[f"evaluate-{number}"] for number in range(3)]
     assert [versions(some) for some in practised] == [{0}, {1}], "each with the weights of the update before"
     assert [versions(some) for some in measured] == [{0}, {1}, {2}]
-    for some, purpose, temperature in [
-        *((some, episode_pb2.PURPOSE_TRAIN, 1.0) for some in practised),
-        *((some, episode_pb2.PURPOSE_EVALUATE, 0.0) for some in measured),
+    for some, purpose, temperature, correlation in [
+        *((some, episode_pb2.PURPOSE_TRAIN, 1.0, 0.5) for some in practised),
+        *((some, episode_pb2.PURPOSE_EVALUATE, 0.0, 0.0) for some in measured),
     ]:
         for episode in some:
-            assert episode.start.purpose == purpose
+            assert (episode.start.purpose, episode.start.noise_correlation) == (purpose, correlation)
             assert {decision.chunk.temperature for decision in episode.decisions} == {temperature}
     assert all(len(states(some)) == HELD_OUT for some in measured)
     assert not states(*practised) & states(*measured)
