@@ -116,7 +116,7 @@ PPO: Options = {
     "temperature": str(TEMPERATURE),
     "noise-correlation": str(CORRELATION),
     "learner.learning-rate": "5e-5",
-    "learner.average": "0.98",
+    "learner.average": "0.995",
     "learner.warm-up": "6",
     "learner.minibatch": "256",
     "learner.epochs": "2",

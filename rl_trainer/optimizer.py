@@ -19,7 +19,7 @@ class Optimizer:
     """Decay falls on matrices only, as is usual; biases and norms keep their size.
 
     ema: the moving average keeps this much of itself every step; 0 makes none.  Early steps keep less
-    (1 - 10 / (10 + t)), so that the average forgets where it started.
+    (1 - 3 / (3 + t)), so that the average forgets where it started: step s then weighs as s squared.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, clip_norm: float, ema: float):
@@ -65,7 +65,7 @@ class Optimizer:
         self.gradient_P.zero_()
         self.step_count += 1
         if self.average_P is not None:
-            keep = min(self.ema, 1 - 10 / (10 + self.step_count))
+            keep = min(self.ema, 1 - 3 / (3 + self.step_count))
             self.average_P.lerp_(self.masters_P, 1 - keep)
         self._write_casts()
         return norm
