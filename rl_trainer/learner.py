@@ -273,6 +273,7 @@ class Learner:
         if gae and (self.warming_up or not self.config.critic_gradient):
             metrics |= self._epochs(("critic",), *work)
         if not self.warming_up:
+            metrics["learning_rate"] = self.learning_rate
             metrics |= self._epochs(("policy", "critic") if gae and self.config.critic_gradient else ("policy",), *work)
         return metrics | {"optimiser_steps": float(self.steps)}
 
@@ -393,7 +394,6 @@ class Learner:
             norms["critic_gradient_norm"] = self.critic_optimizer.step(self.config.critic_learning_rate)
         if "policy" in who:
             self.steps += 1
-            norms["learning_rate"] = self.learning_rate
             norms["gradient_norm"] = self.policy_optimizer.step(self.learning_rate)
         return norms
 

@@ -268,11 +268,7 @@ BAD = {
     "a purpose of the future": (messages.rollout("r/0", purpose=99), "rollouts[0].purpose", "got code 99"),
     "cold": (messages.rollout("r/0", temperature=-1), "rollouts[0].temperature", "not negative, got -1"),
     "no number": (messages.rollout("r/0", temperature=float("nan")), "rollouts[0].temperature", "must be finite"),
-    "one noise for all": (
-        messages.rollout("r/0", noise_correlation=1),
-        "rollouts[0].noise_correlation",
-        "in [0, 1), got 1",
-    ),
+    "one noise": (messages.rollout("r/0", noise_correlation=1), "rollouts[0].noise_correlation", "in [0, 1), got 1"),
     "no such weights": (messages.rollout("r/0", version=7), "rollouts[0].version", "there is no version 7"),
 }
 

@@ -39,9 +39,7 @@ def test_seed_and_decision_are_not_interchangeable():
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
-def test_each_number_is_uniform_and_only_those_of_one_dimension_are_correlated(
-    correlation: float,
-):
+def test_each_number_is_uniform_and_only_those_of_one_dimension_are_correlated(correlation: float):
     chunks_nKA = np.stack([uniform_numbers(seed, 3, (4, 2), correlation=correlation) for seed in range(4000)])
     assert stats.kstest(chunks_nKA[:, 2, 1], "uniform").pvalue > 1e-4
     normal_nN = stats.norm.ppf(chunks_nKA).reshape(len(chunks_nKA), -1)
