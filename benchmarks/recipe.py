@@ -185,8 +185,9 @@ def whole(suite: str, *, evaluate_states: int) -> tuple[Experiment, ...]:
     )
 
 
-# The paper's table: the recipe, and the recipe but for one thing; and a row more, the noise of each token its own.  The
-# paper's 18 runs are to take four hours: each is short, and its warm-up with it.
+# The paper's table: the recipe, and the recipe but for one thing.  Three rows more: the noise of each token its own; what
+# overlapping costs and gains; what being repeatable costs.  The paper's 18 runs are to take four hours: each is short,
+# and its warm-up with it.
 ABLATED: dict[str, Options] = {
     "full": {},
     "no-process-reward": {"shaping.rule": "none"},
@@ -195,6 +196,8 @@ ABLATED: dict[str, Options] = {
     "independent-noise": {"noise-correlation": "0"},
     "no-warm-up": {"learner.warm-up": "0"},
     "learning-rate-x10": {"learner.learning-rate": "5e-4"},
+    "overlapped": {"overlap": None},
+    "deterministic": {"deterministic": None},
 }
 SHORT: Options = {"iterations": "10", "learner.anneal": "10", "learner.warm-up": "3", "evaluate-every": "0"}
 
