@@ -7,6 +7,7 @@ own hardware inside `observe` and `apply`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -39,6 +40,12 @@ class Limits:
     high: tuple[float, ...]
     workspace: Workspace | None = None
     """Needs the actions x, y, z and the state entries eef_x, eef_y, eef_z."""
+    longest_move: float = math.inf
+    """The speed limit: of x, y, z together (their norm), in units of the action."""
+    longest_turn: float = math.inf
+    """Of roll, pitch, yaw together."""
+    slow_start_ticks: int = 0
+    """Both grow from a tenth to the whole over the first so many actions of an episode."""
 
     def __post_init__(self) -> None:
         if len(self.low) != len(self.high) or not all(a < b for a, b in zip(self.low, self.high, strict=False)):
@@ -86,6 +93,10 @@ class ArmState:
     """float32 (S,), the entries of ArmSpec.state_names."""
     outcome: Outcome | None = None
     """Set once the arm itself knows how the episode ended (a simulator does)."""
+    trouble: str = ""
+    """Why nothing may be followed now: a camera that shows nothing new, an arm that is held up; empty when it may."""
+    goal_m: np.ndarray | None = None
+    """(3,), where the end effector is being led, as eef_x, eef_y, eef_z; None: where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,14 +156,14 @@ class Episode:
                 return
             if not self._lockstep or self._answer_is_due:
                 self._take_in(self._decisions.poll())
-            if self._chunks.wants_observation and self._decisions.may_ask:
+            if self._chunks.wants_observation and self._decisions.may_ask and not self._state.trouble:
                 self._ask()
 
     def move(self) -> None:
         """Executes the action that is due, or holds."""
         with self._ending_on_error():
             planned = self._chunks.next()
-            verdict = self._gate.admit(planned, self._state.state_S, time.monotonic_ns())
+            verdict = self._gate.admit(planned, self._state, time.monotonic_ns())
             if verdict.action_A is None or planned is None:
                 tick = self._hold(verdict.reason)
             else:

@@ -1,8 +1,9 @@
 """The last gate before apply(): the arm never moves on data that nobody can vouch for.
 
-A hold answers what cannot be vouched for: no action at hand, a wrong width, a number that is not finite or that the
-policy cannot have meant, an observation that is too old, a frozen camera.  A clip answers what the policy meant and
-this arm must not do: a step beyond its limits, a gripper out of range, a move out of the workspace.  Both say why.
+A hold answers what cannot be vouched for: an arm or a camera in trouble, no action at hand, a wrong width, a number that
+is not finite or that the policy cannot have meant, an observation that is too old, a frozen camera.  A clip answers what
+the policy meant and this arm must not do: a step beyond its limits, too fast a move, a gripper out of range, a move out
+of the workspace.  Both say why.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robot_client.arm import ArmSpec, Workspace
+from robot_client.arm import ArmSpec, ArmState, Workspace
 from robot_client.chunks import Planned
 
 ROUNDING = 1e-4
 """An action may lie this far outside the policy's stated range, in its own units."""
+FUTURE_S = 0.05
+"""So far a camera's clock may run ahead of the robot's."""
+SLOW_START = 0.1
+"""Fraction of the speed limit at which an episode begins."""
 POSITION_ACTIONS = ("x", "y", "z")
+ROTATION_ACTIONS = ("roll", "pitch", "yaw")
 POSITION_STATE = ("eef_x", "eef_y", "eef_z")
 
 
@@ -56,10 +62,19 @@ class SafetyGate:
         self._high_A = np.array(arm.limits.high, np.float32)
         self._policy_low_A = policy_low_A - ROUNDING
         self._policy_high_A = policy_high_A + ROUNDING
+        self._slow_start_ticks = arm.limits.slow_start_ticks
+        self._speed_limits = [
+            (_indices(names, arm.action_names, "a speed limit", "actions"), longest)
+            for names, longest in (
+                (POSITION_ACTIONS, arm.limits.longest_move),
+                (ROTATION_ACTIONS, arm.limits.longest_turn),
+            )
+            if longest < np.inf
+        ]
         self._workspace = arm.limits.workspace
         if self._workspace is not None:
-            self._axes = _indices(POSITION_ACTIONS, arm.action_names, "actions")
-            self._position = _indices(POSITION_STATE, arm.state_names, "state entries")
+            self._axes = _indices(POSITION_ACTIONS, arm.action_names, "a workspace", "actions")
+            self._position = _indices(POSITION_STATE, arm.state_names, "a workspace", "state entries")
         self._last_capture_ns = -1
         self._identical = 0
 
@@ -73,14 +88,16 @@ class SafetyGate:
         self._identical = self._identical + 1 if capture_time_ns == self._last_capture_ns else 1
         self._last_capture_ns = capture_time_ns
 
-    def admit(self, planned: Planned | None, state_S: np.ndarray, now_ns: int) -> Verdict:
-        """The action to apply, or a hold, and why.  state_S is the arm's state now, in the order of its spec."""
-        reason = self._reason_to_hold(planned, now_ns)
+    def admit(self, planned: Planned | None, state: ArmState, now_ns: int) -> Verdict:
+        """The action to apply, or a hold, and why.  state is the arm's now."""
+        reason = self._reason_to_hold(planned, state, now_ns)
         if reason or planned is None:
             return Verdict(action_A=None, reason=reason)
-        return self._clip(planned.action_A, state_S)
+        return self._clip(planned.action_A, state)
 
-    def _reason_to_hold(self, planned: Planned | None, now_ns: int) -> str:
+    def _reason_to_hold(self, planned: Planned | None, state: ArmState, now_ns: int) -> str:
+        if state.trouble:
+            return state.trouble
         if self.frozen:
             return f"camera frozen: {self._identical} observations with one capture time"
         if planned is None:
@@ -96,17 +113,42 @@ class SafetyGate:
         age_s = (now_ns - planned.capture_time_ns) / 1e9
         if self.max_age_s and age_s > self.max_age_s:
             return f"observation too old: {age_s:.2f} s, limit {self.max_age_s:g} s"
+        if self.max_age_s and age_s < -FUTURE_S:
+            return f"observation from the future: {-age_s:.2f} s, limit {FUTURE_S:g} s"
         return ""
 
-    def _clip(self, action_A: np.ndarray, state_S: np.ndarray) -> Verdict:
-        clipped_A = np.clip(action_A, self._low_A, self._high_A)
-        reasons = self._differences(action_A, clipped_A, "limit")
-        if self._workspace is not None:
-            inside_A = clipped_A.copy()
-            inside_A[self._axes] = _keep_inside(self._workspace, clipped_A[self._axes], state_S[self._position])
-            reasons += self._differences(clipped_A, inside_A, "workspace")
-            clipped_A = inside_A
+    def _clip(self, action_A: np.ndarray, state: ArmState) -> Verdict:
+        clipped_A, reasons = action_A, []
+        for rule, clip in (("limit", self._bounded), ("speed", self._slowed), ("workspace", self._inside)):
+            before_A, clipped_A = clipped_A, clip(clipped_A, state)
+            reasons += self._differences(before_A, clipped_A, rule)
         return Verdict(action_A=clipped_A.astype(np.float32), reason="; ".join(reasons))
+
+    def _bounded(self, action_A: np.ndarray, state: ArmState) -> np.ndarray:
+        return np.clip(action_A, self._low_A, self._high_A)
+
+    def _slowed(self, action_A: np.ndarray, state: ArmState) -> np.ndarray:
+        """Moves and turns that are too long for a tick, shortened; their direction stays."""
+        slowed_A = action_A.copy()
+        started = min(1.0, state.tick / self._slow_start_ticks) if self._slow_start_ticks else 1.0
+        for axes, longest in self._speed_limits:
+            allowed = longest * (SLOW_START + (1 - SLOW_START) * started)
+            length = float(np.linalg.norm(action_A[axes]))
+            if length > allowed:
+                slowed_A[axes] *= allowed / length
+        return slowed_A
+
+    def _inside(self, action_A: np.ndarray, state: ArmState) -> np.ndarray:
+        """The move shortened so that it does not leave the box; outside already, it may only lead back."""
+        if self._workspace is None:
+            return action_A
+        box = self._workspace
+        at_m = state.state_S[self._position] if state.goal_m is None else state.goal_m
+        room_low = np.minimum(0, np.array(box.low_m) - at_m) / box.metres_per_unit
+        room_high = np.maximum(0, np.array(box.high_m) - at_m) / box.metres_per_unit
+        inside_A = action_A.copy()
+        inside_A[self._axes] = np.clip(action_A[self._axes], room_low, room_high)
+        return inside_A
 
     def _differences(self, before_A: np.ndarray, after_A: np.ndarray, rule: str) -> list[str]:
         return [
@@ -119,15 +161,8 @@ class SafetyGate:
         return f"{self.names[a]} is {action_A[a]:g}"
 
 
-def _keep_inside(workspace: Workspace, delta_3: np.ndarray, position_3: np.ndarray) -> np.ndarray:
-    """The delta, shortened so that it does not leave the box; outside already, it may only lead back."""
-    room_low_3 = np.minimum(0, np.array(workspace.low_m) - position_3) / workspace.metres_per_unit
-    room_high_3 = np.maximum(0, np.array(workspace.high_m) - position_3) / workspace.metres_per_unit
-    return np.clip(delta_3, room_low_3, room_high_3)
-
-
-def _indices(wanted: Sequence[str], available: Sequence[str], what: str) -> list[int]:
+def _indices(wanted: Sequence[str], available: Sequence[str], who: str, what: str) -> list[int]:
     missing = [name for name in wanted if name not in available]
     if missing:
-        raise ValueError(f"a workspace needs the {what} {list(wanted)}, got {list(available)}")
+        raise ValueError(f"{who} needs the {what} {list(wanted)}, got {list(available)}")
     return [available.index(name) for name in wanted]

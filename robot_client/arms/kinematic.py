@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
+from robot_client.pose import rotation, rotation_vector
 
 METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
@@ -84,7 +85,7 @@ class KinematicArm:
 
     def _state(self) -> np.ndarray:
         fingers_m = [self._finger_m, -self._finger_m]
-        return np.concatenate([self._position_m, axis_angle(self._rotation), fingers_m]).astype(np.float32)
+        return np.concatenate([self._position_m, rotation_vector(self._rotation), fingers_m]).astype(np.float32)
 
     def _draw(self) -> np.ndarray:
         """uint8 (size, size, 3): seen from the front, y to the right and z up; nearer (larger x) is larger."""
@@ -112,28 +113,3 @@ class KinematicArm:
     def _box(image: np.ndarray, top: int, centre: int, height: int, width: int, colour: tuple[int, int, int]) -> None:
         rows, columns = slice(max(top, 0), max(top + height, 0)), slice(max(centre - width, 0), max(centre + width, 0))
         image[rows, columns] = colour
-
-
-def rotation(axis_angle_3: np.ndarray) -> np.ndarray:
-    """(3, 3): the rotation about the vector by its length in radians (Rodrigues)."""
-    angle = float(np.linalg.norm(axis_angle_3))
-    if angle < 1e-9:
-        return np.eye(3)
-    x, y, z = axis_angle_3 / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
-def axis_angle(rotation_33: np.ndarray) -> np.ndarray:
-    """(3,): the inverse of rotation(), for angles below pi; at pi the axis is lost and the vector is zero."""
-    angle = np.arccos(np.clip((np.trace(rotation_33) - 1) / 2, -1, 1))
-    if np.sin(angle) < 1e-9:
-        return np.zeros(3)
-    axis = np.array(
-        [
-            rotation_33[2, 1] - rotation_33[1, 2],
-            rotation_33[0, 2] - rotation_33[2, 0],
-            rotation_33[1, 0] - rotation_33[0, 1],
-        ]
-    )
-    return angle / (2 * np.sin(angle)) * axis

@@ -12,7 +12,7 @@ from protos.codec import encode_image, encode_tensor
 from protos.episode_file import EpisodeWriter
 from robot_client import arms
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, Arm, Task
-from robot_client.arms.kinematic import HOME_M, METRES_PER_UNIT, KinematicArm, axis_angle, rotation
+from robot_client.arms.kinematic import HOME_M, METRES_PER_UNIT, KinematicArm
 from robot_client.arms.replay import ReplayArm
 from robot_client.errors import ArmError, UnknownArm
 from tests.client.fake_arm import FakeArm
@@ -124,11 +124,6 @@ class TestKinematicArm(ArmLaws):
             for _ in range(12):
                 arm.apply(np.array([*delta, 0, 0, 0, 0], np.float32))
             assert arm.observe().images["agentview"].shape == (64, 64, 3)
-
-
-@pytest.mark.parametrize("vector", [(0, 0, 0), (0.3, -0.2, 0.9), (0, 0, 3.0), (1e-5, 0, 0)])
-def test_axis_angle_is_the_inverse_of_rotation(vector):
-    np.testing.assert_allclose(axis_angle(rotation(np.array(vector, float))), vector, atol=1e-7)
 
 
 class TestReplayArm(ArmLaws):

@@ -1,0 +1,186 @@
+"""A real arm behind the Arm protocol: hardware led by its servo, cameras, and the profile that ties them to a policy.
+
+    policy's frame  -- profile.frame, profile.scale -->  robot's base frame  -- servo -->  hardware
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
+from robot_client.camera import Camera
+from robot_client.errors import ArmError
+from robot_client.hardware import Hardware
+from robot_client.pose import Pose
+from robot_client.profile import Gripper, Profile
+from robot_client.servo import Status
+from robot_client.servo_process import ServoLink
+
+log = logging.getLogger(__name__)
+
+FIRST_FRAME_S = 10.0
+"""How long a camera may take to show anything."""
+POLL_S = 0.02
+
+
+class RealArm:
+    """Owns the robot and its cameras until close().
+
+    make: the class of the hardware, which a process of its own constructs from profile.hardware.
+    dry_run: reads everything and moves nothing: apply() says that nothing was sent.
+
+    Raises ArmError when the robot cannot be reached.
+    """
+
+    def __init__(
+        self, make: Callable[..., Hardware], profile: Profile, cameras: Mapping[str, Camera], *, dry_run: bool = False
+    ):
+        self._profile = profile
+        self._cameras = dict(cameras)
+        self._dry_run = dry_run
+        self._base, self._tool = profile.frame.base, profile.frame.tool
+        self._tick_s = 1 / profile.tick_rate_hz
+        self._spec = arm_spec(profile, tuple(cameras))
+        self._servo = ServoLink(make, profile.hardware, profile.motion, tick_s=self._tick_s)
+        self._instruction = ""
+        self._tick = 0
+        self._status = self._servo.status()
+        self._opening = self._status.reading.opening
+
+    @property
+    def spec(self) -> ArmSpec:
+        return self._spec
+
+    def reset(self, task: Task) -> None:
+        """Goes home, slowly, and waits for the cameras.  A fault of the robot is left to a person: recover()."""
+        self._instruction, self._tick = task.instruction, 0
+        self._read()
+        self._wait_for_frames()
+        if self._dry_run:
+            return
+        home = self._profile.home
+        self._opening = home.opening
+        joints_J, until_s = np.array(home.joints_rad), time.monotonic() + home.patience_s
+        while self._command(self._servo.go_home, joints_J, home.speed, home.opening, self._expires_s).moving:
+            if time.monotonic() > until_s:
+                self._servo.release()
+                raise ArmError(f"the robot has not come home in {home.patience_s:g} s")
+            time.sleep(POLL_S)
+        self._servo.cadence()
+
+    def state(self) -> ArmState:
+        status = self._read()
+        troubles = [status.trouble, *(camera.trouble() for camera in self._cameras.values())]
+        return ArmState(
+            tick=self._tick,
+            state_S=self._state_S(status),
+            trouble="; ".join(filter(None, troubles)),
+            goal_m=self._seen_by_policy(status.goal).position_m,
+        )
+
+    def observe(self) -> Observation:
+        frames = {name: camera.latest() for name, camera in self._cameras.items()}
+        return Observation(
+            images={name: frame.image for name, frame in frames.items()},
+            state_S=self._state_S(self._status),
+            instruction=self._instruction,
+            capture_time_ns=min((frame.capture_time_ns for frame in frames.values()), default=time.monotonic_ns()),
+        )
+
+    def apply(self, action_A: np.ndarray) -> np.ndarray:
+        self._tick += 1
+        if self._dry_run:
+            log.info("dry run: would apply %s", np.array2string(action_A, precision=3))
+            return self._still_A()
+        scale = self._profile.scale
+        # The policy's axes are those of its own frame: a move and a turn are vectors there.
+        to_base = self._base.rotation.T
+        change_6 = np.concatenate([to_base @ action_A[:3] * scale.metres, to_base @ action_A[3:6] * scale.radians])
+        self._opening = opening_of(float(action_A[6]), self._opening, self._profile.gripper)
+        self._command(self._servo.go, change_6, self._opening, self._expires_s)
+        return action_A
+
+    def hold(self) -> np.ndarray:
+        self._command(self._servo.hold)
+        return self._still_A()
+
+    def recover(self) -> None:
+        """Clears a fault: only ever at a person's word."""
+        self._command(self._servo.recover)
+
+    def cadence(self) -> str:
+        """How well the servo kept the robot's own rate since the reset, or since this was last asked."""
+        return str(self._servo.cadence())
+
+    def close(self) -> None:
+        self._servo.close()
+        for camera in self._cameras.values():
+            camera.close()
+
+    @property
+    def _expires_s(self) -> float:
+        return time.monotonic() + self._profile.expire_ticks * self._tick_s
+
+    def _read(self) -> Status:
+        return self._command(self._servo.status)
+
+    def _command(self, command: Callable[..., Status], *arguments) -> Status:
+        self._status = command(*arguments)
+        if self._status.reading.fault:
+            raise ArmError(f"{self._profile.arm}: {self._status.reading.fault}")
+        return self._status
+
+    def _wait_for_frames(self) -> None:
+        until_s = time.monotonic() + FIRST_FRAME_S
+        while troubles := [trouble for camera in self._cameras.values() if (trouble := camera.trouble())]:
+            if time.monotonic() > until_s:
+                raise ArmError(f"no usable picture in {FIRST_FRAME_S:g} s: {'; '.join(troubles)}")
+            time.sleep(POLL_S)
+
+    def _seen_by_policy(self, pose: Pose) -> Pose:
+        return self._base @ pose @ self._tool
+
+    def _state_S(self, status: Status) -> np.ndarray:
+        eef, finger_m = self._seen_by_policy(status.reading.pose), status.reading.opening * self._profile.gripper.finger_m
+        fingers = [finger_m, -finger_m]
+        joints_J = status.reading.joints_J
+        return np.concatenate([eef.position_m, eef.rotation_vector_rad, fingers, joints_J]).astype(np.float32)
+
+    def _still_A(self) -> np.ndarray:
+        return np.array([0.0] * 6 + [self._opening], np.float32)
+
+
+def arm_spec(profile: Profile, image_names: tuple[str, ...]) -> ArmSpec:
+    """What the profile promises, with its limits in units of the action."""
+    scale, motion, gripper = profile.scale, profile.motion, profile.gripper
+    return ArmSpec(
+        name=profile.arm,
+        action_names=ACTION_NAMES,
+        image_names=image_names,
+        state_names=(*STATE_NAMES, *(f"joint_{j + 1}" for j in range(len(profile.home.joints_rad)))),
+        tick_rate_hz=profile.tick_rate_hz,
+        lockstep=False,
+        limits=Limits(
+            low=(-profile.step,) * 6 + (gripper.low,),
+            high=(profile.step,) * 6 + (gripper.high,),
+            workspace=Workspace(
+                low_m=profile.workspace.low_m, high_m=profile.workspace.high_m, metres_per_unit=scale.metres
+            ),
+            longest_move=motion.speed_m_s / profile.tick_rate_hz / scale.metres,
+            longest_turn=motion.speed_rad_s / profile.tick_rate_hz / scale.radians,
+            slow_start_ticks=round(profile.slow_start_s * profile.tick_rate_hz),
+        ),
+    )
+
+
+def opening_of(asked: float, opening: float, gripper: Gripper) -> float:
+    """What the gripper is told, given what the policy asks for and what it was told last."""
+    if not gripper.binary:
+        return asked
+    if abs(asked - 0.5) <= gripper.hysteresis:
+        return opening
+    return gripper.high if asked > 0.5 else gripper.low
