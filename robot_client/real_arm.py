@@ -1,6 +1,6 @@
 """A real arm behind the Arm protocol: hardware led by its servo, cameras, and the profile that ties them to a policy.
 
-    policy's frame  -- profile.frame, profile.scale -->  robot's base frame  -- servo -->  hardware
+policy's frame  -- profile.frame, profile.scale -->  robot's base frame  -- servo -->  hardware
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
 from robot_client.camera import Camera
-from robot_client.errors import ArmError
+from robot_client.errors import ArmError, BadProfile
 from robot_client.hardware import Hardware
 from robot_client.pose import Pose
 from robot_client.profile import Gripper, Profile
@@ -22,8 +22,6 @@ from robot_client.servo_process import ServoLink
 
 log = logging.getLogger(__name__)
 
-FIRST_FRAME_S = 10.0
-"""How long a camera may take to show anything."""
 POLL_S = 0.02
 
 
@@ -32,16 +30,24 @@ class RealArm:
 
     make: the class of the hardware, which a process of its own constructs from profile.hardware.
     dry_run: reads everything and moves nothing: apply() says that nothing was sent.
+    picture_s: how long the cameras may take to show something at a reset.
 
-    Raises ArmError when the robot cannot be reached.
+    Raises ArmError when the robot cannot be reached, BadProfile when it has other joints than its profile.
     """
 
     def __init__(
-        self, make: Callable[..., Hardware], profile: Profile, cameras: Mapping[str, Camera], *, dry_run: bool = False
+        self,
+        make: Callable[..., Hardware],
+        profile: Profile,
+        cameras: Mapping[str, Camera],
+        *,
+        dry_run: bool = False,
+        picture_s: float = 10.0,
     ):
         self._profile = profile
         self._cameras = dict(cameras)
         self._dry_run = dry_run
+        self._picture_s = picture_s
         self._base, self._tool = profile.frame.base, profile.frame.tool
         self._tick_s = 1 / profile.tick_rate_hz
         self._spec = arm_spec(profile, tuple(cameras))
@@ -50,6 +56,9 @@ class RealArm:
         self._tick = 0
         self._status = self._servo.status()
         self._opening = self._status.reading.opening
+        if (joints := len(self._status.reading.joints_J)) != len(profile.home.joints_rad):
+            self.close()
+            raise BadProfile(f"home.joints_rad must have {joints} angles, got {len(profile.home.joints_rad)}")
 
     @property
     def spec(self) -> ArmSpec:
@@ -135,17 +144,20 @@ class RealArm:
         return self._status
 
     def _wait_for_frames(self) -> None:
-        until_s = time.monotonic() + FIRST_FRAME_S
+        until_s = time.monotonic() + self._picture_s
         while troubles := [trouble for camera in self._cameras.values() if (trouble := camera.trouble())]:
             if time.monotonic() > until_s:
-                raise ArmError(f"no usable picture in {FIRST_FRAME_S:g} s: {'; '.join(troubles)}")
+                raise ArmError(f"no usable picture in {self._picture_s:g} s: {'; '.join(troubles)}")
             time.sleep(POLL_S)
 
     def _seen_by_policy(self, pose: Pose) -> Pose:
         return self._base @ pose @ self._tool
 
     def _state_S(self, status: Status) -> np.ndarray:
-        eef, finger_m = self._seen_by_policy(status.reading.pose), status.reading.opening * self._profile.gripper.finger_m
+        eef, finger_m = (
+            self._seen_by_policy(status.reading.pose),
+            status.reading.opening * self._profile.gripper.finger_m,
+        )
         fingers = [finger_m, -finger_m]
         joints_J = status.reading.joints_J
         return np.concatenate([eef.position_m, eef.rotation_vector_rad, fingers, joints_J]).astype(np.float32)

@@ -1,9 +1,9 @@
 """The last gate before apply(): the arm never moves on data that nobody can vouch for.
 
-A hold answers what cannot be vouched for: an arm or a camera in trouble, no action at hand, a wrong width, a number that
-is not finite or that the policy cannot have meant, an observation that is too old, a frozen camera.  A clip answers what
-the policy meant and this arm must not do: a step beyond its limits, too fast a move, a gripper out of range, a move out
-of the workspace.  Both say why.
+A hold answers what cannot be vouched for: an arm or a camera in trouble, no action at hand, a wrong width, a number
+that is not finite or that the policy cannot have meant, an observation that is too old, a frozen camera.  A clip answers
+what the policy meant and this arm must not do: a step beyond its limits, too fast a move, a gripper out of range, a move
+out of the workspace.  Both say why.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robot_client.arm import ArmSpec, ArmState, Workspace
+from robot_client.arm import ArmSpec, ArmState
 from robot_client.chunks import Planned
 
 ROUNDING = 1e-4

@@ -1,7 +1,7 @@
 """The servo: leads a robot along goals at the robot's own rate, and brings it to rest when they stop coming.
 
-A goal is a change of the last one and is good until a stated moment.  Between goals the set point moves within limits on
-speed, acceleration and jerk (Ruckig): goals that keep coming blend into even motion, the last one is reached exactly,
+A goal is a change of the last one and is good until a stated moment.  Between goals the set point moves within limits
+on speed, acceleration and jerk (Ruckig): goals that keep coming blend into even motion, the last one is reached exactly,
 and a hold is a stop as short as the limits allow.  Runs in a process of its own (robot_client/servo_process.py).
 """
 
@@ -159,11 +159,13 @@ class Servo:
     def go_home(self, joints_J: np.ndarray, speed: float, opening: float, expires_s: float) -> None:
         """Sets out for these joint positions (rad); renewed by the same call, or it stops when it expires."""
         self._trouble, self._expires_s = "", expires_s
-        if self._joints_J is None or not np.array_equal(self._joints_J, joints_J):
-            self.release()
+        self._grip(opening)
+        if self._joints_J is not None and np.array_equal(self._joints_J, joints_J):
+            return
+        self.release()
+        if not self._is_at(joints_J):
             self._joints_J = joints_J
             self._hardware.move_joints(joints_J, speed)
-        self._grip(opening)
 
     def hold(self) -> None:
         """Comes to rest, and stays.  Answers a trouble: the next goal is followed again, unless the trouble lasts."""
@@ -181,7 +183,7 @@ class Servo:
         """Clears a fault, at a person's word."""
         self.release()
         self._hardware.recover()
-        self._trouble = ""
+        self._reading, self._trouble = self._hardware.read(), ""
 
     def step(self) -> None:
         """One period: reads the robot, and gives it its next set point."""
@@ -195,8 +197,11 @@ class Servo:
 
     def _step_home(self, joints_J: np.ndarray) -> None:
         self._trouble = self._silence()
-        if self._trouble or np.abs(self._reading.joints_J - joints_J).max() < ARRIVED_RAD:
+        if self._trouble or self._is_at(joints_J):
             self.release()
+
+    def _is_at(self, joints_J: np.ndarray) -> bool:
+        return bool(np.abs(self._reading.joints_J - joints_J).max() < ARRIVED_RAD)
 
     def _step_set_point(self) -> None:
         if trouble := self._silence() or self._hindrance() or self._strain():

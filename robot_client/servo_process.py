@@ -24,8 +24,8 @@ from robot_client.servo import MotionLimits, Servo, Status
 
 START_S = 30.0
 """How long a robot may take to answer its constructor."""
-REPLY_S = 0.25
-"""How long the servo may take to answer one command; far above its period."""
+REPLY_S = 1.0
+"""How long the servo may take to answer one command; far above its period, and the arm is at rest before."""
 
 
 class ServoLink:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from robot_client.errors import ArmError
@@ -17,8 +19,11 @@ JOINT_STEP_RAD = 0.05
 class FakeHardware:
     watchdog_s = float("inf")
 
-    def __init__(self, *, rate_hz: float = 100.0, refuse: str = "", break_after: int = 0):
-        """refuse: what the constructor complains of.  break_after: reads until the connection breaks."""
+    def __init__(self, *, rate_hz: float = 100.0, refuse: str = "", break_after: int = 0, fault_file: str = ""):
+        """refuse: what the constructor complains of.  break_after: reads until the connection breaks.
+
+        fault_file: while such a file is there, its text is the fault; recover() removes it.
+        """
         if refuse:
             raise ArmError(refuse)
         self.rate_hz = rate_hz
@@ -29,11 +34,14 @@ class FakeHardware:
         self.set_points: list[Pose] = []
         self.twists: list[np.ndarray] = []
         self._break_after = break_after
+        self._fault_file = Path(fault_file) if fault_file else None
         self._reads = 0
         self._joints_goal_J, self._step_rad = self.joints_J, 0.0
 
     def read(self) -> Reading:
         self._reads += 1
+        if self._fault_file and self._fault_file.exists():
+            self.fault = self._fault_file.read_text()
         if self._break_after and self._reads > self._break_after:
             raise ArmError("the cable came off")
         self.joints_J = self.joints_J + np.clip(self._joints_goal_J - self.joints_J, -self._step_rad, self._step_rad)
@@ -62,6 +70,8 @@ class FakeHardware:
 
     def recover(self) -> None:
         self.log.append("recover")
+        if self._fault_file:
+            self._fault_file.unlink(missing_ok=True)
         self.fault = ""
 
     def close(self) -> None:

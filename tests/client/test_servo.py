@@ -183,14 +183,14 @@ def test_a_person_may_clear_a_fault(ring):
 
 
 def test_going_home_is_done_when_the_joints_are_there(ring):
-    home_J = JOINTS + [0.3, 0.0, -0.2]
+    home_J = JOINTS + np.array([0.3, 0.0, -0.2])
     for _ in range(200):
         ring.servo.go_home(home_J, 0.5, 1.0, ring.now_s + EXPIRES_TICKS * TICK_S)
         ring.run(TICK_S)
         if not ring.servo.status.moving:
             break
     np.testing.assert_allclose(ring.hardware.joints_J, home_J, atol=0.01)
-    assert ring.hardware.log == ["move_joints", "grip 1", "stop"]
+    assert ring.hardware.log == ["grip 1", "move_joints", "stop"]
 
 
 def test_going_home_stops_in_silence_too(ring):

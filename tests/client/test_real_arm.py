@@ -1,0 +1,197 @@
+"""A real arm: what the profile says of frames and scales is what the robot does, and what is wrong with it is said."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from robot_client.camera import Camera
+from robot_client.errors import ArmError, BadProfile
+from robot_client.profile import Box, Frame, Gripper, Home, Profile, Scale
+from robot_client.real_arm import RealArm, opening_of
+from tests.client.fake_camera import FakeSource
+from tests.client.fake_hardware import HOME, JOINTS, FakeHardware
+from tests.client.test_arms import TASK, ArmLaws
+
+STILL = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)
+
+
+def profile_of(**changes) -> Profile:
+    values = {
+        "arm": "fake",
+        "hardware": {},
+        "home": Home(joints_rad=tuple(JOINTS), speed=1.0),
+        "workspace": Box(low_m=(0.3, -0.2, 0.1), high_m=(0.7, 0.2, 0.5)),
+        "scale": Scale(metres=0.01, radians=0.05),
+        "slow_start_s": 0.0,
+    }
+    return Profile(**{**values, **changes})
+
+
+def arm_of(*, source: FakeSource | None = None, dry_run: bool = False, **changes) -> RealArm:
+    camera = Camera("agentview", source or FakeSource(fps=200.0), max_age_s=0.15, frozen_after=5)
+    return RealArm(FakeHardware, profile_of(**changes), {"agentview": camera}, dry_run=dry_run, picture_s=1.0)
+
+
+@pytest.fixture
+def arm():
+    arm = arm_of()
+    yield arm
+    arm.close()
+
+
+def act(arm: RealArm, action: list[float], ticks: int = 1) -> None:
+    """In real time, and then stands still until the arm is there."""
+    for action_A in [np.array(action, np.float32)] * ticks + [STILL] * 5:
+        arm.apply(action_A)
+        time.sleep(0.05)
+
+
+class TestRealArm(ArmLaws):
+    @pytest.fixture
+    def arm(self):
+        arm = arm_of()
+        yield arm
+        arm.close()
+
+    def test_observations_are_stamped_with_the_robots_clock_and_never_twice_the_same(self, arm):
+        """A frame later, that is: between two frames there is nothing new to see."""
+        arm.reset(TASK)
+        stamps = []
+        for _ in range(3):
+            stamps.append(arm.observe().capture_time_ns)
+            time.sleep(0.5)
+        assert stamps[0] < stamps[1] < stamps[2] <= time.monotonic_ns()
+
+    def test_reset_goes_back_to_the_start(self, arm):
+        arm.reset(TASK)
+        start = arm.state()
+        act(arm, [0, 0, 0, 0, 0, 0, 1])
+        arm.reset(TASK)
+        np.testing.assert_allclose(arm.state().state_S[8:], start.state_S[8:], atol=0.01)
+        assert arm.state().tick == 0
+
+
+def test_a_move_is_scaled(arm):
+    arm.reset(TASK)
+    act(arm, [1, 0, -0.5, 0, 0, 0, 1], ticks=2)
+    moved_m = arm.state().state_S[:3] - HOME.position_m
+    np.testing.assert_allclose(moved_m, [0.02, 0, -0.01], atol=1e-5)
+
+
+def test_a_policys_axes_are_turned_into_the_robots():
+    """The robot's base is turned a quarter to the left and stands at (1, 2, 0) in the policy's world."""
+    arm = arm_of(
+        frame=Frame(base_m=(1.0, 2.0, 0.0), base_rad=(0, 0, np.pi / 2)),
+        workspace=Box(low_m=(-9.0,) * 3, high_m=(9.0,) * 3),
+    )
+    arm.reset(TASK)
+    before_m = arm.state().state_S[:3]
+    np.testing.assert_allclose(
+        before_m, [1.0 - HOME.position_m[1], 2.0 + HOME.position_m[0], HOME.position_m[2]], atol=1e-5
+    )
+    act(arm, [1, 0, 0, 0, 0, 0, 1])
+    np.testing.assert_allclose(arm.state().state_S[:3] - before_m, [0.01, 0, 0], atol=1e-5)
+    robot_m = arm._servo.status().reading.pose.position_m - HOME.position_m
+    np.testing.assert_allclose(robot_m, [0, -0.01, 0], atol=1e-5)
+    arm.close()
+
+
+def test_a_turn_is_about_the_policys_axes(arm):
+    arm.reset(TASK)
+    act(arm, [0, 0, 0, 0, 0, 1, 1])
+    turned = HOME.change_to(arm._servo.status().reading.pose)
+    np.testing.assert_allclose(turned, [0, 0, 0, 0, 0, 0.05], atol=1e-5)
+
+
+def test_the_state_has_fingers_and_joints(arm):
+    arm.reset(TASK)
+    state_S = arm.state().state_S
+    np.testing.assert_allclose(state_S[6:8], [0.04, -0.04])
+    np.testing.assert_allclose(state_S[8:], JOINTS, atol=0.01)
+
+
+def test_the_goal_runs_ahead_of_the_arm(arm):
+    arm.reset(TASK)
+    arm.apply(np.array([1, 0, 0, 0, 0, 0, 1], np.float32))
+    state = arm.state()
+    assert state.goal_m[0] == pytest.approx(HOME.position_m[0] + 0.01, abs=1e-6) and state.state_S[0] < state.goal_m[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "opening"),
+    [(0.9, 0.0, 1.0), (0.1, 1.0, 0.0), (0.55, 0.0, 0.0), (0.45, 1.0, 1.0), (0.65, 0.0, 1.0)],
+)
+def test_a_binary_gripper_changes_only_well_past_the_middle(asked, before, opening):
+    assert opening_of(asked, before, Gripper()) == opening
+
+
+def test_a_gripper_that_is_not_binary_goes_where_it_is_told():
+    assert opening_of(0.3, 1.0, Gripper(binary=False)) == 0.3
+
+
+def test_a_camera_in_trouble_is_the_arms_trouble_and_passes():
+    source = FakeSource(fps=200.0)
+    arm = arm_of(source=source)
+    arm.reset(TASK)
+    assert arm.state().trouble == ""
+    source.frozen = True
+    time.sleep(0.1)
+    assert arm.state().trouble.startswith("camera agentview: frozen")
+    source.frozen = False
+    time.sleep(0.1)
+    assert arm.state().trouble == ""
+    arm.close()
+
+
+def test_an_arm_without_a_picture_does_not_start():
+    source = FakeSource(fps=200.0)
+    arm = arm_of(source=source)
+    source.stalled = True
+    time.sleep(0.3)
+    with pytest.raises(ArmError, match=r"no usable picture in 1 s: camera agentview: "):
+        arm.reset(TASK)
+    source.stalled = False
+    arm.close()
+
+
+def test_a_fault_is_an_error_until_a_person_clears_it(tmp_path):
+    file = tmp_path / "fault"
+    arm = arm_of(hardware={"fault_file": str(file)})
+    arm.reset(TASK)
+    file.write_text("protective stop")
+    time.sleep(0.05)
+    for _ in range(2):
+        with pytest.raises(ArmError, match="fake: protective stop"):
+            arm.apply(STILL)
+        with pytest.raises(ArmError, match="fake: protective stop"):
+            arm.reset(TASK)
+    arm.recover()
+    arm.reset(TASK)
+    assert arm.apply(STILL) is STILL
+    arm.close()
+
+
+def test_a_home_that_is_never_reached_is_an_error():
+    arm = arm_of(home=Home(joints_rad=(3.0, 3.0, 3.0), speed=0.01, patience_s=0.2))
+    with pytest.raises(ArmError, match=r"the robot has not come home in 0\.2 s"):
+        arm.reset(TASK)
+    arm.close()
+
+
+def test_a_home_for_another_robot_is_refused():
+    with pytest.raises(BadProfile, match=r"home\.joints_rad must have 3 angles, got 7"):
+        arm_of(home=Home(joints_rad=(0.0,) * 7))
+
+
+def test_a_dry_run_reads_everything_and_moves_nothing():
+    arm = arm_of(dry_run=True)
+    arm.reset(TASK)
+    sent_A = arm.apply(np.array([1, 0, 0, 0, 0, 0, 0], np.float32))
+    time.sleep(0.2)
+    np.testing.assert_array_equal(sent_A, STILL)
+    np.testing.assert_array_equal(arm.state().state_S[:3], HOME.position_m.astype(np.float32))
+    assert arm.observe().images["agentview"].any()
+    arm.close()
