@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from protos import episode_pb2
 from robot_client.answer import Answer
 from robot_client.arm import Arm, ArmState, Observation, Outcome
-from robot_client.chunks import Chunks
+from robot_client.chunks import Chunks, Overlap, ticks_ahead
 from robot_client.client import Opened, PolicyClient
 from robot_client.decisions import Decisions
 from robot_client.errors import ArmError, PolicyError, SpecMismatch
@@ -33,8 +33,12 @@ from robot_client.spec import PolicySpec
 class EpisodeConfig:
     """How an arm follows a policy."""
 
-    ahead_ticks: int = 0
-    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted."""
+    ahead_ticks: int | None = 0
+    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, None as long before as the
+    latest answers took."""
+    overlap: Overlap = "latest"
+    """Asked ahead, whose action is executed where two chunks have one: the older one's (in_order), the newer one's
+    (latest), or a mean (blend), from which nothing can be learned."""
     replan_after: int = 0
     """Execute only the first so many actions of each chunk; 0 executes all."""
     latency_ticks: int = 0
@@ -46,7 +50,7 @@ class EpisodeConfig:
 
     def __post_init__(self) -> None:
         for name in ("ahead_ticks", "replan_after", "latency_ticks", "frozen_after"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_age_s <= 0:
             raise ValueError(f"max_age_s must be above 0, got {self.max_age_s}")
@@ -85,13 +89,17 @@ class Episode:
         self._observers = observers
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
+        self._measures_latency = config.ahead_ticks is None
         self._started_s = time.monotonic()
         self._ticks = self._holds = self._clips = self._asked_tick = 0
         self._image_names = spec.image_names
         self._state_indices = [arm.spec.state_names.index(name) for name in spec.state_names]
         try:
             self._chunks = Chunks(
-                chunk_length=spec.chunk_length, ahead_ticks=config.ahead_ticks, replan_after=config.replan_after
+                chunk_length=spec.chunk_length,
+                ahead_ticks=config.ahead_ticks or 0,
+                replan_after=config.replan_after,
+                overlap=config.overlap,
             )
         except ValueError as error:
             raise SpecMismatch([str(error)]) from error
@@ -171,7 +179,7 @@ class Episode:
                     decision=planned.decision,
                     index=planned.index,
                     action=self.arm.apply(verdict.action_A).tolist(),
-                    source=episode_pb2.SOURCE_POLICY,
+                    source=episode_pb2.SOURCE_BLEND if planned.blended else episode_pb2.SOURCE_POLICY,
                     reason=verdict.reason,
                 )
                 self._chunks.applied()
@@ -221,6 +229,14 @@ class Episode:
     def _answer_is_due(self) -> bool:
         return self._decisions.open and self._ticks - self._asked_tick >= self._latency_ticks
 
+    @property
+    def _latency_in_ticks(self) -> int:
+        """Of the answers so far; in lockstep, where the clock stands still, the latency that is played."""
+        most = self._chunks.horizon - 1
+        if self._lockstep:
+            return min(most, self._latency_ticks)
+        return ticks_ahead(self._decisions.answer_s, 1 / self.arm.spec.tick_rate_hz, most=most)
+
     def _ending(self, state: ArmState) -> Ending | None:
         if state.outcome is not None:
             return Ending(outcome=state.outcome, terminal=state.outcome != "error")
@@ -231,6 +247,8 @@ class Episode:
     def _take_in(self, answer: Answer | None) -> None:
         if answer is not None:
             self._chunks.adopt(answer)
+            if self._measures_latency:
+                self._chunks.ahead_ticks = self._latency_in_ticks
             for observer in self._observers:
                 observer.on_answer(answer)
 

@@ -7,7 +7,7 @@ import pytest
 
 from protos.episode_pb2 import Timing
 from robot_client.answer import Answer
-from robot_client.chunks import Chunks
+from robot_client.chunks import BLEND_DECAY, Chunks, ticks_ahead
 from robot_client.errors import BadAnswer
 
 
@@ -129,6 +129,63 @@ def test_an_answer_to_an_observation_that_was_never_sent_is_refused():
     chunks.looked(100)
     with pytest.raises(BadAnswer, match=r"capture_time_ns: .*\[100\], got 99"):
         chunks.adopt(answer(0, 99))
+
+
+def overlapping(overlap: str) -> Chunks:
+    """Chunk 0 has been followed for a tick, and chunk 1 answers an observation taken then."""
+    chunks = Chunks(chunk_length=4, ahead_ticks=3, overlap=overlap)
+    chunks.looked(100)
+    chunks.adopt(answer(0, 100))
+    follow(chunks, 1)
+    chunks.looked(200)
+    follow(chunks, 1)
+    chunks.adopt(answer(1, 200))
+    return chunks
+
+
+def test_in_order_the_older_chunk_is_executed_to_its_end_and_the_newer_entered_where_the_arm_has_got_to():
+    assert follow(overlapping("in_order"), 4) == [2, 3, 13, None]
+
+
+def test_the_latest_chunk_takes_over_as_it_arrives():
+    assert follow(overlapping("latest"), 4) == [11, 12, 13, None]
+
+
+def test_a_blend_is_the_weighted_mean_of_all_that_have_an_action_and_says_so():
+    chunks = overlapping("blend")
+    planned = chunks.next()
+    old, new = 1.0, np.exp(-BLEND_DECAY)
+    assert planned.action_A[0] == pytest.approx((old * 2 + new * 11) / (old + new), rel=1e-6)
+    assert planned.blended and (planned.decision, planned.index, planned.capture_time_ns) == (1, 1, 100)
+    follow(chunks, 2)
+    planned = chunks.next()
+    assert planned.action_A[0] == 13 and not planned.blended and planned.capture_time_ns == 200
+
+
+@pytest.mark.parametrize("overlap", ["in_order", "latest", "blend"])
+def test_the_next_answer_is_wanted_when_the_newest_chunk_runs_out(overlap):
+    chunks = overlapping(overlap)
+    chunks.ahead_ticks = 1
+    wanted = []
+    for _ in range(3):
+        wanted.append(chunks.wants_observation)
+        follow(chunks, 1)
+    assert wanted == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer_s", "ticks"),
+    [
+        ([], 0),
+        ([3.0], 0),  # warm-up
+        ([3.0, 0.02], 1),
+        ([3.0, 0.02, 0.11, 0.04], 3),
+        ([3.0, 5.0, *[0.06] * 16], 2),  # long ago
+        ([3.0, 9.0], 7),
+    ],
+)
+def test_a_decision_is_asked_for_as_long_before_as_answers_take(answer_s, ticks):
+    assert ticks_ahead(answer_s, 0.05, most=7) == ticks
 
 
 @pytest.mark.parametrize("options", [{"replan_after": 5}, {"ahead_ticks": 4}, {"replan_after": 2, "ahead_ticks": 2}])
