@@ -131,7 +131,12 @@ def describe(spec: PolicySpec) -> str:
 
 
 def drive(command: Run, rest: Sequence[str]) -> int:
-    arm = tyro.cli(arms.load(command.arm), args=rest, prog=f"robot_client run --arm {command.arm}")
+    arm = tyro.cli(
+        arms.load(command.arm),
+        args=rest,
+        prog=f"robot_client run --arm {command.arm}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     logger.info("%s", command)
     client = connect(
         command.server,

@@ -16,6 +16,7 @@ from robot_client.cadence import Cadence
 from robot_client.client import PolicyClient
 from robot_client.episode import Episode, EpisodeConfig
 from robot_client.observer import Observer
+from robot_client.pilot import Pilot
 from robot_client.rollout import EpisodeResult, Rollout
 
 BEAT_S = 0.5
@@ -33,11 +34,12 @@ def run(
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
+    pilot: Pilot | None = None,
 ) -> Iterator[EpisodeResult]:
     """One arm after its own clock: lockstep for a simulated arm, real time for any other."""
     if arm.spec.lockstep:
-        return run_lockstep([arm], rollouts, client, config, observers=observers)
-    return run_real_time(arm, rollouts, client, config, observers=observers)
+        return run_lockstep([arm], rollouts, client, config, observers=observers, pilot=pilot)
+    return run_real_time(arm, rollouts, client, config, observers=observers, pilot=pilot)
 
 
 def run_real_time(
@@ -47,10 +49,11 @@ def run_real_time(
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
+    pilot: Pilot | None = None,
 ) -> Iterator[EpisodeResult]:
     """One arm at its tick rate.  Neither the network nor a late answer delays a tick: the arm holds instead."""
     for rollout in rollouts:
-        episode = Episode(arm, rollout, client, client.spec(), config or EpisodeConfig(), observers(rollout))
+        episode = Episode(arm, rollout, client, client.spec(), config or EpisodeConfig(), observers(rollout), pilot)
         try:
             episode.start()
             cadence = Cadence(arm.spec.tick_rate_hz)
@@ -70,6 +73,7 @@ def run_lockstep(
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
+    pilot: Pilot | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[EpisodeResult]:
     """Many simulated arms in one thread, an episode on each, their requests in flight together.
@@ -82,7 +86,8 @@ def run_lockstep(
         while True:
             while idle and (rollout := next(rollouts, None)) is not None:
                 arm = idle.pop()
-                episode = Episode(arm, rollout, client, client.spec(), config or EpisodeConfig(), observers(rollout))
+                spec, watchers = client.spec(), observers(rollout)
+                episode = Episode(arm, rollout, client, spec, config or EpisodeConfig(), watchers, pilot)
                 running.append(episode)
                 episode.start()
                 advance(episode)

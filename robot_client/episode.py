@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from protos import episode_pb2
 from robot_client.answer import Answer
 from robot_client.arm import Arm, ArmState, Observation, Outcome
@@ -24,6 +26,7 @@ from robot_client.client import Opened, PolicyClient
 from robot_client.decisions import Decisions
 from robot_client.errors import ArmError, PolicyError, SpecMismatch
 from robot_client.observer import Observer
+from robot_client.pilot import Pilot, Wish
 from robot_client.rollout import EpisodeResult, Rollout
 from robot_client.safety import SafetyGate
 from robot_client.spec import PolicySpec
@@ -34,8 +37,8 @@ class EpisodeConfig:
     """How an arm follows a policy."""
 
     ahead_ticks: int | None = 0
-    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, None as long before as the
-    latest answers took."""
+    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, None as long before as
+    the latest answers took."""
     overlap: Overlap = "latest"
     """Asked ahead, whose action is executed where two chunks have one: the older one's (in_order), the newer one's
     (latest), or a mean (blend), from which nothing can be learned."""
@@ -54,6 +57,9 @@ class EpisodeConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_age_s <= 0:
             raise ValueError(f"max_age_s must be above 0, got {self.max_age_s}")
+
+
+NOTHING = Wish()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,7 @@ class Episode:
         spec: PolicySpec,
         config: EpisodeConfig,
         observers: Sequence[Observer] = (),
+        pilot: Pilot | None = None,
     ):
         spec.require_fit(arm.spec)
         self.arm = arm
@@ -87,11 +94,13 @@ class Episode:
         self._opened = Opened(episode_id="", version=0, seed=0)
         self._client = client
         self._observers = observers
+        self._pilot = pilot
+        self._wish = NOTHING
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
         self._measures_latency = config.ahead_ticks is None
         self._started_s = time.monotonic()
-        self._ticks = self._holds = self._clips = self._asked_tick = 0
+        self._ticks = self._holds = self._clips = self._human = self._asked_tick = 0
         self._image_names = spec.image_names
         self._state_indices = [arm.spec.state_names.index(name) for name in spec.state_names]
         try:
@@ -159,31 +168,24 @@ class Episode:
         """Reads the arm; ends the episode when it is over; takes in an answer; asks when a decision is due."""
         with self._ending_on_error():
             self._state = self.arm.state()
+            self._wish = self._pilot.wish() if self._pilot else NOTHING
             self.ending = self._ending(self._state)
             if self.over:
                 return
             if not self._lockstep or self._answer_is_due:
                 self._take_in(self._decisions.poll())
-            if self._chunks.wants_observation and self._decisions.may_ask and not self._state.trouble:
+            if self._chunks.wants_observation and self._decisions.may_ask and self._policy_may_act:
                 self._ask()
 
     def move(self) -> None:
         """Executes the action that is due, or holds."""
         with self._ending_on_error():
-            planned = self._chunks.next()
-            verdict = self._gate.admit(planned, self._state, time.monotonic_ns())
-            if verdict.action_A is None or planned is None:
-                tick = self._hold(verdict.reason)
+            if self._wish.stopped:
+                tick = self._hold("stopped by a person")
+            elif self._wish.action_A is not None:
+                tick = self._obey(self._wish.action_A)
             else:
-                tick = episode_pb2.Tick(
-                    decision=planned.decision,
-                    index=planned.index,
-                    action=self.arm.apply(verdict.action_A).tolist(),
-                    source=episode_pb2.SOURCE_BLEND if planned.blended else episode_pb2.SOURCE_POLICY,
-                    reason=verdict.reason,
-                )
-                self._chunks.applied()
-                self._clips += bool(verdict.reason)
+                tick = self._follow()
             self._ticks += 1
             self._decisions.executed(tick)
             for observer in self._observers:
@@ -214,6 +216,7 @@ class Episode:
             decisions=self._decisions.answered,
             holds=self._holds,
             clips=self._clips,
+            human=self._human,
             episode_id=self._opened.episode_id,
             version=self._opened.version,
             seed=self._opened.seed,
@@ -230,6 +233,10 @@ class Episode:
         return self._decisions.open and self._ticks - self._asked_tick >= self._latency_ticks
 
     @property
+    def _policy_may_act(self) -> bool:
+        return not (self._state.trouble or self._wish.stopped or self._wish.action_A is not None)
+
+    @property
     def _latency_in_ticks(self) -> int:
         """Of the answers so far; in lockstep, where the clock stands still, the latency that is played."""
         most = self._chunks.horizon - 1
@@ -238,6 +245,8 @@ class Episode:
         return ticks_ahead(self._decisions.answer_s, 1 / self.arm.spec.tick_rate_hz, most=most)
 
     def _ending(self, state: ArmState) -> Ending | None:
+        if self._wish.outcome is not None:
+            return Ending(outcome=self._wish.outcome, terminal=self._wish.outcome != "error", message="said a person")
         if state.outcome is not None:
             return Ending(outcome=state.outcome, terminal=state.outcome != "error")
         if self.rollout.task.max_ticks and self._ticks >= self.rollout.task.max_ticks:
@@ -263,6 +272,41 @@ class Episode:
         self._decisions.ask(self._for_the_policy(observation))
         for observer in self._observers:
             observer.on_observation(observation)
+
+    def _follow(self) -> episode_pb2.Tick:
+        """The policy's action, or a hold."""
+        planned = self._chunks.next()
+        verdict = self._gate.admit(planned, self._state, time.monotonic_ns())
+        if verdict.action_A is None or planned is None:
+            return self._hold(verdict.reason)
+        tick = episode_pb2.Tick(
+            decision=planned.decision,
+            index=planned.index,
+            action=self.arm.apply(verdict.action_A).tolist(),
+            source=episode_pb2.SOURCE_BLEND if planned.blended else episode_pb2.SOURCE_POLICY,
+            reason=verdict.reason,
+        )
+        self._chunks.applied()
+        self._clips += bool(verdict.reason)
+        return tick
+
+    def _obey(self, action_A: np.ndarray) -> episode_pb2.Tick:
+        """A person's action, within the same limits as the policy's; the chunk under way is forgotten."""
+        verdict = self._gate.admit_person(action_A, self._state)
+        if verdict.action_A is None:
+            return self._hold(verdict.reason)
+        decision, index = self._chunks.since_decision
+        tick = episode_pb2.Tick(
+            decision=decision,
+            index=index,
+            action=self.arm.apply(verdict.action_A).tolist(),
+            source=episode_pb2.SOURCE_HUMAN,
+            reason=verdict.reason,
+        )
+        self._chunks.held()
+        self._clips += bool(verdict.reason)
+        self._human += 1
+        return tick
 
     def _hold(self, reason: str) -> episode_pb2.Tick:
         decision, index = self._chunks.since_decision

@@ -3,6 +3,9 @@
 RobotError
 ├── ArmError              the arm or its simulator failed; ends the episode as an error
 ├── UnknownArm            no such entry point; says which there are
+├── CameraError           a camera failed, shows nothing, or cannot do what was asked of it
+├── UnknownCamera         no such entry point, or what it needs is not installed
+├── BadProfile            the arm's profile cannot be used; raised before anything moves
 ├── SpecMismatch          policy and arm do not fit; raised before anything moves
 └── PolicyError           the policy server gave no usable answer (code, field, message, retry_after_s)
     ├── BadRequest        the request is at fault, or its episode is unknown: repeating it is useless
@@ -36,6 +39,18 @@ class ArmError(RobotError):
 
 class UnknownArm(RobotError):
     """No arm of that name is installed."""
+
+
+class CameraError(RobotError):
+    """A camera failed, shows nothing, or cannot do what was asked of it."""
+
+
+class UnknownCamera(RobotError):
+    """No camera of that make is installed."""
+
+
+class BadProfile(RobotError):
+    """The arm's profile cannot be used: names the file, the entry, what was got and what there is."""
 
 
 class SpecMismatch(RobotError):

@@ -1,8 +1,8 @@
 """The Hardware protocol: a robot as its vendor's SDK shows it, and nothing of policies.
 
 One thread of one process (robot_client/servo.py) makes every call, so an implementation needs no lock.  No call may
-block for longer than a servo period, but for the constructor.  What a person must not miss is left to the person: a
-fault is cleared by recover() alone.
+block for longer than a servo period, but for the constructor, recover(), and begin() and move_joints() where they
+change the controller's mode at rest.  What a person must not miss is left to him: recover() alone clears a fault.
 
 Any method may raise ArmError.
 """
@@ -37,7 +37,8 @@ class Hardware(Protocol):
     rate_hz: float
     """How many set points a second servo() is given."""
     watchdog_s: float
-    """With no call for so long after servo(), the controller itself stops the robot; inf where it has no such watchdog."""
+    """With no call for so long after servo(), the controller stops the robot; inf where it rests at its last set point
+    and needs no such watchdog."""
 
     def read(self) -> Reading: ...
 

@@ -8,21 +8,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import tyro
 
+from robot_client import cameras
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
 from robot_client.camera import Camera
 from robot_client.errors import ArmError, BadProfile
 from robot_client.hardware import Hardware
 from robot_client.pose import Pose
-from robot_client.profile import Gripper, Profile
+from robot_client.profile import Gripper, Profile, read_profile
 from robot_client.servo import Status
 from robot_client.servo_process import ServoLink
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealArmConfig:
+    """What the command line says of a real arm."""
+
+    profile: Path
+    """The lab's TOML file (robot_client/profile.py)."""
+    camera: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=MAKE[:DEVICE][,key=value...], once for each camera: front=realsense:1234,crop=square."""
+    dry_run: bool = False
+    """Reads everything and moves nothing."""
 
 
 class RealArm:
@@ -59,6 +75,15 @@ class RealArm:
         if (joints := len(self._status.reading.joints_J)) != len(profile.home.joints_rad):
             self.close()
             raise BadProfile(f"home.joints_rad must have {joints} angles, got {len(profile.home.joints_rad)}")
+
+    @classmethod
+    def of(cls, arm: str, make: Callable[..., Hardware], config: RealArmConfig) -> RealArm:
+        """As the command line says.  Raises BadProfile, CameraError, UnknownCamera or ArmError; nothing moves yet."""
+        profile = read_profile(config.profile)
+        if profile.arm != arm:
+            raise BadProfile(f"{config.profile}: arm must be {arm!r}, got {profile.arm!r}")
+        opened = [cameras.parse(text) for text in config.camera]
+        return cls(make, profile, {camera.name: camera for camera in opened}, dry_run=config.dry_run)
 
     @property
     def spec(self) -> ArmSpec:

@@ -48,6 +48,8 @@ class EpisodeResult:
     """Ticks at which the arm held."""
     clips: int
     """Ticks at which the safety gate changed the action."""
+    human: int = 0
+    """Ticks at which a person drove."""
     episode_id: str
     """Empty when the server never opened it."""
     version: int

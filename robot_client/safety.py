@@ -1,9 +1,9 @@
 """The last gate before apply(): the arm never moves on data that nobody can vouch for.
 
 A hold answers what cannot be vouched for: an arm or a camera in trouble, no action at hand, a wrong width, a number
-that is not finite or that the policy cannot have meant, an observation that is too old, a frozen camera.  A clip answers
-what the policy meant and this arm must not do: a step beyond its limits, too fast a move, a gripper out of range, a move
-out of the workspace.  Both say why.
+that is not finite or that the policy cannot have meant, an observation that is too old, a frozen camera.  A clip
+answers what the policy meant and this arm must not do: a step beyond its limits, too fast a move, a gripper out of
+range, a move out of the workspace.  Both say why.
 """
 
 from __future__ import annotations
@@ -94,6 +94,12 @@ class SafetyGate:
         if reason or planned is None:
             return Verdict(action_A=None, reason=reason)
         return self._clip(planned.action_A, state)
+
+    def admit_person(self, action_A: np.ndarray, state: ArmState) -> Verdict:
+        """The same limits for a person, who sees for himself what the cameras do not."""
+        if not np.isfinite(action_A).all():
+            return Verdict(action_A=None, reason=f"not finite: {self._name_first(~np.isfinite(action_A), action_A)}")
+        return self._clip(action_A, state)
 
     def _reason_to_hold(self, planned: Planned | None, state: ArmState, now_ns: int) -> str:
         if state.trouble:

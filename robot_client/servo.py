@@ -1,8 +1,8 @@
 """The servo: leads a robot along goals at the robot's own rate, and brings it to rest when they stop coming.
 
 A goal is a change of the last one and is good until a stated moment.  Between goals the set point moves within limits
-on speed, acceleration and jerk (Ruckig): goals that keep coming blend into even motion, the last one is reached exactly,
-and a hold is a stop as short as the limits allow.  Runs in a process of its own (robot_client/servo_process.py).
+on speed, acceleration and jerk (Ruckig): goals that keep coming blend into even motion, the last one is reached
+exactly, and a hold is a stop as short as the limits allow.  Runs in a process of its own (servo_process.py).
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ class Servo:
         if self._set_point is None:
             self.release()
             self._hardware.begin()
+            self._reading = self._hardware.read()  # a person may have moved it since the last
             self._set_point = SetPoint(self._reading.pose, 1 / self._hardware.rate_hz, self._limits)
         self._goal = (self._goal or self._set_point.pose).moved(change_6)
         self._expires_s = expires_s

@@ -110,8 +110,8 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: link.close())
     try:
         hardware = make(**settings)
-    except ArmError as error:
-        link.send((0, error))
+    except (ArmError, TypeError, ValueError) as error:
+        link.send((0, ArmError(f"{make.__name__}: {error}")))
         return
     with contextlib.suppress(EOFError, OSError), contextlib.closing(hardware):
         _Attendant(link, hardware, limits, tick_s).run()

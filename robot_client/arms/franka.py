@@ -14,6 +14,7 @@ import numpy as np
 from robot_client.errors import ArmError
 from robot_client.hardware import Reading
 from robot_client.pose import Pose
+from robot_client.real_arm import RealArm, RealArmConfig
 
 HAND_PERIOD_S = 0.02
 WIDTH_TOLERANCE_M = 0.002
@@ -173,3 +174,7 @@ class _Hand:
             self._hand.move_async(opening * self._open_m, self._speed_m_s)
         else:
             self._hand.grasp_async(0.0, self._speed_m_s, self._force_n, epsilon_outer=self._open_m)
+
+
+def build_arm(config: RealArmConfig) -> RealArm:
+    return RealArm.of("franka", FrankaHardware, config)

@@ -17,6 +17,8 @@ from robot_client.pose import Pose
 from robot_client.servo import MotionLimits, Servo
 
 TICK_S = 0.05
+VOUCHED_S = 3.0
+"""How long a command is good for: a busy machine may stall that long, and what happens then is the servo's law."""
 STILL_6 = np.zeros(6)
 AXES = ("x", "y", "z", "about x", "about y", "about z")
 
@@ -36,7 +38,7 @@ class Ring:
 
     def follow(self, change_6: np.ndarray, ticks: int, opening: float = 1.0) -> None:
         for _ in range(ticks):
-            self.servo.go(change_6, opening, time.monotonic() + 4 * TICK_S)
+            self.servo.go(change_6, opening, time.monotonic() + VOUCHED_S)
             self.run(TICK_S)
 
     def wait_until(self, arrived, patience_s: float) -> None:

@@ -8,7 +8,9 @@ import pytest
 from robot_client.pose import Pose, rotation, rotation_vector
 
 
-@pytest.mark.parametrize("vector", [(0, 0, 0), (0.3, -0.2, 0.9), (0, 0, 3.0), (1e-5, 0, 0), (np.pi, 0, 0), (0, -2.2, 2.2)])
+@pytest.mark.parametrize(
+    "vector", [(0, 0, 0), (0.3, -0.2, 0.9), (0, 0, 3.0), (1e-5, 0, 0), (np.pi, 0, 0), (0, -2.2, 2.2)]
+)
 def test_a_rotation_vector_is_the_inverse_of_rotation(vector):
     np.testing.assert_allclose(rotation_vector(rotation(np.array(vector, float))), vector, atol=1e-7)
 

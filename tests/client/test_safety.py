@@ -172,3 +172,13 @@ def test_a_speed_limit_for_an_arm_without_those_axes_is_refused():
     arm = spec_of(limits=Limits(low=(-1.0, -1.0), high=(1.0, 1.0), longest_move=0.5), action_names=joints)
     with pytest.raises(ValueError, match=r"a speed limit needs the actions .*'x'.* got .*joint_1"):
         SafetyGate(arm, policy_low_A=POLICY_LOW_A[:2], policy_high_A=POLICY_HIGH_A[:2])
+
+
+def test_a_person_is_kept_within_the_same_limits():
+    verdict = fast_gate().admit_person(np.array([1, 0, 0, 0, 0, 0, 1], np.float32), STATE)
+    assert verdict.action_A[0] == pytest.approx(0.5) and verdict.reason.startswith("speed: x clipped")
+
+
+def test_a_persons_number_that_is_not_finite_is_held():
+    verdict = fast_gate().admit_person(np.array([np.nan, 0, 0, 0, 0, 0, 1], np.float32), STATE)
+    assert verdict.action_A is None and verdict.reason == "not finite: x is nan"
