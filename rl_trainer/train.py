@@ -244,7 +244,10 @@ class Run:
                 self.state.released = self.publisher.publish(self.state.version, note=f"{note}, averaged")
 
     def evaluate(self) -> None:
-        """Greedy success of what is released, on states that are never practised on, with its Wilson interval."""
+        """Greedy success of what is released, on states that are never practised on, with its Wilson interval.
+
+        The best so far is kept; of several that did as well, the latest.
+        """
         name, purpose = f"evaluate-{self.learner.iteration}", episode_pb2.PURPOSE_EVALUATE
         rollouts = [
             self._rollout(name, number, cell, version=self.state.released, purpose=purpose)
@@ -256,6 +259,8 @@ class Run:
         tally = tally_of(finished)
         if not tally.episodes:
             raise RuntimeError(f"every evaluation episode ended as an error, the first: {finished[0].errors}")
+        if all(tally.rate >= row["success/evaluate"] for row in self.curve.rows if "success/evaluate" in row):
+            self._save_policy("best")
         low, high = tally.interval
         row = self.curve.add(
             self.learner.iteration,
@@ -355,13 +360,17 @@ class Run:
         self.state.curriculum, self.state.alarm = self.curriculum.state(), self.alarm.state()
         self.state.save(self.config.out / STATE, self.learner.state())
         self.queue.commit()
-        folder = self.config.out / "last"
+        self._save_policy("last")
+        self._tell(lambda o: o.on_save())
+
+    def _save_policy(self, name: str) -> None:
+        """What is released, as a checkpoint or an adapter that a server can be given."""
+        folder = self.config.out / name
         with self.learner.averaged():
             if self.config.lora_rank:
                 save_lora(self.checkpoint.model, folder, base=str(self.config.model))
             else:
                 save_checkpoint(folder, self.checkpoint.model, self.checkpoint.tokenizer)
-        self._tell(lambda o: o.on_save())
 
 
 def seed_of(seed: int, name: str, number: int) -> int:

@@ -124,6 +124,21 @@ def test_what_is_evaluated_served_unasked_and_saved_is_the_average_of_what_is_pr
     assert not torch.equal(trained, tensors["policy.masters"])
 
 
+def test_the_policy_that_was_measured_best_is_kept(tiny_vla: Path, tmp_path: Path) -> None:
+    """Of several that did as well, the latest."""
+    iterations = 4
+    rows, _ = run(tmp_path / "whole", tiny_vla, iterations=iterations)
+    rates = [row["success/evaluate"] for row in rows if "success/evaluate" in row]
+    best = max(number for number, rate in enumerate(rates) if rate == max(rates))
+    assert 0 < best < iterations, "the seeds of this run must decide"
+    run(tmp_path / "short", tiny_vla, iterations=best)
+    kept, short, last = (
+        torch.cat([p.detach().reshape(-1) for p in load_checkpoint(tmp_path / name).model.parameters()])
+        for name in ("whole/run/best", "short/run/last", "whole/run/last")
+    )
+    assert torch.allclose(kept, short, atol=1e-5) and not torch.allclose(kept, last, atol=1e-5)
+
+
 def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, tmp_path: Path) -> None:
     rows, found = run(tmp_path, tiny_vla, overlap=True, iterations=4, evaluate_every=0)
     assert [versions(found[str(number)]) for number in range(4)] == [{0}, {0}, {1}, {2}]
