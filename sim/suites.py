@@ -1,7 +1,7 @@
 """Suites as a table: tasks, step limits, cameras, and the splits of initial states.
 
 An initial state is named by a string: "17" (LIBERO's fixed state 17), "fresh:3" (entry 3 of our committed list of
-draws by LIBERO's own sampler), "seed:2017" (robosuite, which has no fixed states).
+draws by LIBERO's own sampler), "seed:2017" (a draw; robosuite has no fixed states).
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ LIBERO_SPLITS = {
     "held_out": tuple(map(str, range(40, 50))),
     "paper": tuple(map(str, range(0, 50))),
     "fresh": tuple(f"fresh:{i}" for i in range(FRESH_PER_TASK)),
+    # The fixed states of a task are nearly one state, and what is practised on them alone may fail on every draw of
+    # LIBERO's own sampler: both kinds.
+    "train_drawn": (*map(str, range(0, 30)), *(f"seed:{i}" for i in range(0, 70))),
+    "tune_drawn": tuple(state for i in range(10) for state in (f"{30 + i}", f"seed:{1000 + i}")),
 }
 ROBOSUITE_SPLITS = {
     "train": tuple(f"seed:{i}" for i in range(0, 1000)),
