@@ -81,7 +81,7 @@ protos: .venv/protoc.done
 	@touch $@
 
 .venv/dev.done: .venv/sim.done
-	$(BIN)/python -m pip install --quiet -e '.[trainer,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[trainer,dev,export,franka,realsense,so100,ur,uvc,xarm]'
 	@touch $@
 
 .venv/protoc.done:

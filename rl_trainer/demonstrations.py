@@ -1,6 +1,8 @@
-"""Demonstrations: what was seen and what should have been done, from our episode files and LIBERO's published HDF5.
+"""Demonstrations: what was seen and what should have been done, from our episode files, LIBERO's published HDF5 and
+LeRobot data sets.
 
-Both sources give the same record in the policy's convention: images upright, gripper g in [0, 1] with 1 = open.
+All give the same record in the policy's convention: images upright, gripper g in [0, 1] with 1 = open.  A LeRobot data
+set that is not made of our episodes is taken to keep it.
 Shapes: T ticks, D decisions (observations), K actions of a chunk, A numbers of an action, S of the state.
 """
 
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf.json_format import Parse
 
-from protos import codec, episode_pb2
+from protos import codec, episode_pb2, lerobot
 from protos.episode_file import SUFFIX, DamagedEpisode, Episode, read_episode
+from rl_trainer.lerobot_dataset import LerobotDataset, Recording, UnreadableRecording
 
 if TYPE_CHECKING:
     import h5py
@@ -32,6 +36,7 @@ HDF5_STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_ax", "eef_ay", "eef_az", "fi
 HDF5_TICK_RATE_HZ = 20.0
 
 PURPOSES = (episode_pb2.PURPOSE_DEMONSTRATE, episode_pb2.PURPOSE_TRAIN)
+SUFFIXES = (SUFFIX, ".hdf5", ".h5")
 DRIVEN_BY_POLICY = (episode_pb2.SOURCE_POLICY, episode_pb2.SOURCE_BLEND, episode_pb2.SOURCE_HOLD)
 
 
@@ -44,7 +49,7 @@ class Demonstration:
     """One episode."""
 
     name: str
-    """unique: the episode id, or file and demo of an HDF5 source"""
+    """unique: the episode id, or file and demo of an HDF5 source, or data set and number"""
     instruction: str
     frames_DHW3: np.ndarray
     """uint8 RGB, upright"""
@@ -66,25 +71,28 @@ class Source:
     """Where demonstrations come from and how they are read."""
 
     paths: Sequence[Path]
-    """files, or folders searched for *.episode, *.hdf5 and *.h5"""
+    """files, or folders searched for *.episode, *.hdf5, *.h5 and LeRobot data sets"""
     camera: str = "agentview"
     """as our arms name it; HDF5 has those of HDF5_IMAGES"""
     hdf5_stride: int = 4
-    """HDF5 keeps a frame for every tick; every n-th becomes a decision"""
+    """HDF5 keeps a frame for every tick, as others' LeRobot data sets do; every n-th becomes a decision"""
     drop_no_ops: bool = False
     """leave out HDF5 ticks without motion, as the published OpenVLA data sets do"""
     failed: bool = False
     """also episodes that ended otherwise than in success: for labels that are not what was executed"""
 
     def files(self) -> list[Path]:
-        """Every demonstration file, sorted.  Raises FileNotFoundError when a path has none."""
+        """Every demonstration file, sorted; a LeRobot data set is its meta/info.json.
+
+        Raises FileNotFoundError when a path has none.
+        """
         found: list[Path] = []
         for path in self.paths:
-            suffixes = (SUFFIX, ".hdf5", ".h5")
-            here = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in suffixes]
+            here = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in SUFFIXES or is_dataset(p)]
             if not here:
                 raise FileNotFoundError(
-                    f"{path}: expected a file or a folder with *.episode or *.hdf5 files, found none"
+                    f"{path}: expected a file, or a folder with *.episode or *.hdf5 files or a LeRobot data set, "
+                    "found none"
                 )
             found += here
         return sorted(set(found))
@@ -92,12 +100,15 @@ class Source:
     def read(self, refused: Counter[str]) -> Iterator[Demonstration]:
         """The usable demonstrations, in the order of files().
 
-        The others are counted in `refused` by reason; the damaged are also printed by name.
+        The others are counted in `refused` by reason; the damaged are also printed by name.  Raises UnreadableDataset
+        for a LeRobot data set of another version, or without this camera.
         """
         for path in self.files():
             try:
                 if path.suffix == SUFFIX:
                     yield from self._from_episode(path, refused)
+                elif is_dataset(path):
+                    yield from self._from_lerobot(path.parents[1], refused)
                 else:
                     yield from self._from_hdf5(path)
             except (DamagedEpisode, BadDemonstration, codec.CodecError) as error:
@@ -110,6 +121,19 @@ class Source:
             refused[reason] += 1
         else:
             yield demonstration_from_episode(episode, self.camera)
+
+    def _from_lerobot(self, folder: Path, refused: Counter[str]) -> Iterator[Demonstration]:
+        for recording in LerobotDataset(folder, self.camera).recordings():
+            if (reason := recording_refusal(recording, failed=self.failed)) is not None:
+                refused[reason] += 1
+                continue
+            try:
+                demonstration = demonstration_from_lerobot(recording, stride=self.hdf5_stride)
+            except UnreadableRecording as error:
+                refused["damaged"] += 1
+                print(f"refused {recording.name}: {error}", flush=True)
+            else:
+                yield demonstration
 
     def _from_hdf5(self, path: Path) -> Iterator[Demonstration]:
         import h5py  # only this source needs it
@@ -127,11 +151,24 @@ class Source:
 
 def refusal(episode: Episode, *, failed: bool = False) -> str | None:
     """Why an episode may not be cloned, or None.  Evaluation episodes never enter training."""
-    if episode.start.purpose not in PURPOSES:
-        return episode_pb2.Purpose.Name(episode.start.purpose).lower()
-    if episode.end.outcome != episode_pb2.OUTCOME_SUCCESS and not failed:
-        return episode_pb2.Outcome.Name(episode.end.outcome).lower()
-    return None if episode.decisions and episode.ticks else "empty"
+    reason = _unfit(episode.start, episode.end, failed=failed)
+    return reason or (None if episode.decisions and episode.ticks else "empty")
+
+
+def recording_refusal(recording: Recording, *, failed: bool = False) -> str | None:
+    """The same of a LeRobot recording: of others' only what did not end in success, where they say so."""
+    if is_ours(recording.dataset):
+        return _unfit(*_start_and_end(recording), failed=failed)
+    says = lerobot.SUCCESS in recording.dataset.features
+    return "outcome_failure" if says and not failed and not recording.column(lerobot.SUCCESS)[-1, 0] else None
+
+
+def _unfit(start: episode_pb2.EpisodeStart, end: episode_pb2.EpisodeEnd, *, failed: bool) -> str | None:
+    if start.purpose not in PURPOSES:
+        return episode_pb2.Purpose.Name(start.purpose).lower()
+    if end.outcome != episode_pb2.OUTCOME_SUCCESS and not failed:
+        return episode_pb2.Outcome.Name(end.outcome).lower()
+    return None
 
 
 def demonstration_from_episode(episode: Episode, camera: str) -> Demonstration:
@@ -177,6 +214,69 @@ def _tick_of(episode: Episode, decision: int) -> int | None:
         if tick.decision == decision:
             return max(0, position - tick.index)
     return None
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a file is the meta/info.json of a LeRobot data set."""
+    return path.match(lerobot.INFO)
+
+
+def is_ours(dataset: LerobotDataset) -> bool:
+    """Whether a LeRobot data set was made of our episodes: its frames say which ticks were executed from them."""
+    return lerobot.EXECUTED_ACTIONS in dataset.features
+
+
+def _start_and_end(recording: Recording) -> tuple[episode_pb2.EpisodeStart, episode_pb2.EpisodeEnd]:
+    start, end = recording.text(lerobot.START), recording.text(lerobot.END)
+    return Parse(start, episode_pb2.EpisodeStart()), Parse(end, episode_pb2.EpisodeEnd())
+
+
+def demonstration_from_lerobot(recording: Recording, *, stride: int) -> Demonstration:
+    """Of our episodes what they themselves give; of others' the actions, a frame each, and every stride-th frame.
+
+    Raises UnreadableRecording.
+    """
+    dataset, frame_F = recording.dataset, np.arange(len(recording.column(lerobot.ACTION)))
+    name, tick_rate_hz = recording.name, dataset.fps
+    names = dataset.features.get(lerobot.STATE, {}).get("names")
+    state_names = tuple(names) if isinstance(names, list) else ()
+    if is_ours(dataset):
+        start, _ = _start_and_end(recording)
+        name, tick_rate_hz, state_names = start.episode_id, start.tick_rate_hz, tuple(start.state_names)
+        actions_TA, led_T = _labels(recording)
+        frame_D, tick_D = frame_F, recording.column(lerobot.TICK)[:, 0]
+    else:
+        actions_TA = recording.column(lerobot.ACTION)
+        led_T = np.ones(len(actions_TA), bool)
+        frame_D = tick_D = frame_F[::stride]
+    has_state = lerobot.STATE in dataset.features
+    state_FS = recording.column(lerobot.STATE) if has_state else np.zeros((len(frame_F), 0))
+    return Demonstration(
+        name=name,
+        instruction=recording.instruction,
+        frames_DHW3=recording.pixels(frame_D),
+        state_DS=state_FS[frame_D].astype(np.float32),
+        tick_D=tick_D,
+        actions_TA=actions_TA.astype(np.float32),
+        led_T=led_T,
+        state_names=state_names,
+        tick_rate_hz=tick_rate_hz,
+    )
+
+
+def _labels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    """actions_TA and led_T of a Demonstration, from frames of M ticks of which some only fill up."""
+    kept_FM = ~recording.column(lerobot.EXECUTED_IS_PAD)
+
+    def ticks(name: str) -> np.ndarray:
+        return recording.column(name).reshape(*kept_FM.shape, -1)[kept_FM]
+
+    actions_TA = ticks(lerobot.EXECUTED_ACTIONS)
+    if lerobot.EXPERT_WATCHED not in recording.dataset.features:
+        return actions_TA, np.ones(len(actions_TA), bool)
+    watched_T1 = ticks(lerobot.EXPERT_WATCHED)
+    by_policy_T1 = np.isin(ticks(lerobot.EXECUTED_SOURCE), DRIVEN_BY_POLICY)
+    return np.where(watched_T1, ticks(lerobot.EXPERT_ACTIONS), actions_TA), ~(watched_T1 & by_policy_T1)[:, 0]
 
 
 def demonstration_from_hdf5(

@@ -43,7 +43,7 @@ class SftConfig:
     """Behaviour cloning from demonstrations."""
 
     data: tuple[Path, ...]
-    """episode files, LIBERO HDF5 files, or folders of them"""
+    """episode files, LIBERO HDF5 files, LeRobot data sets (v3.0), or folders of them"""
     out: Path
     """where checkpoints and curves go"""
     init: str = "nano"
@@ -82,7 +82,7 @@ class SftConfig:
     """actions of a chunk of a fresh nano; a checkpoint keeps its own"""
     camera: str = "agentview"
     hdf5_stride: int = 4
-    """in HDF5 demonstrations every n-th tick becomes a sample"""
+    """in HDF5 demonstrations, and in others' LeRobot data sets, every n-th tick becomes a sample"""
     drop_no_ops: bool = False
     """leave out HDF5 ticks without motion, as the published OpenVLA data sets do"""
     unnorm_key: str = "demonstrations"

@@ -2,6 +2,7 @@
 
     python -m robot_client run --arm kinematic --server HOST:PORT --task "pick up the bowl" --episodes 3
     python -m robot_client spec --server HOST:PORT
+    python -m robot_client export --episodes DIR --out DIR        episode files as a LeRobotDataset
 
 Flags that `run` does not know go to the arm: `--arm replay --path FILE`.
 """
@@ -21,13 +22,15 @@ import tyro
 
 from protos.codec import ImageFormat
 from robot_client import arms
-from robot_client.arm import Task
+from robot_client.arm import Arm, Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run
 from robot_client.episode import EpisodeConfig
 from robot_client.errors import RobotError
+from robot_client.export import Export, export
 from robot_client.film import SUFFIXES, Film
 from robot_client.observer import Observer
+from robot_client.recorder import Recorder
 from robot_client.rollout import EpisodeResult, Purpose, Rollout
 from robot_client.spec import PolicySpec
 
@@ -66,6 +69,8 @@ class Run:
     give_up_after_s: float = 60.0
     """How long a lost server is tried again before the episode ends as an error."""
     follow: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = field(default_factory=EpisodeConfig)
+    record: Path | None = None
+    """Also write episode files here, for servers that keep none."""
     film: Path | None = None
     """Write what the policy saw in the last episode (.gif, .png or .webp)."""
 
@@ -88,11 +93,18 @@ class Spec:
 def main(args: Sequence[str] | None = None) -> int:
     """0 when every episode ended, 1 when one of them ended as an error, 2 when refused before anything moved."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
-    commands = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Spec, tyro.conf.subcommand("spec")]
+    commands = (
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Spec, tyro.conf.subcommand("spec")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+    )
     command, rest = tyro.cli(commands, args=args, prog="robot_client", return_unknown_args=True)
     try:
         if isinstance(command, Spec):
             return show_spec(command, rest)
+        if isinstance(command, Export):
+            refuse_others("export", rest)
+            return export(command)
         return drive(command, rest)
     except RobotError as error:
         logger.error("%s", error)
@@ -100,11 +112,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def show_spec(command: Spec, rest: Sequence[str]) -> int:
-    if rest:
-        raise RobotError(f"spec takes no other flags, got {list(rest)}")
+    refuse_others("spec", rest)
     with connect(command.server, deadline_s=command.deadline_s, give_up_after_s=command.deadline_s) as client:
         print(describe(client.spec()))
     return 0
+
+
+def refuse_others(command: str, rest: Sequence[str]) -> None:
+    if rest:
+        raise RobotError(f"{command} takes no other flags, got {list(rest)}")
 
 
 def describe(spec: PolicySpec) -> str:
@@ -147,7 +163,9 @@ def drive(command: Run, rest: Sequence[str]) -> int:
     )
     outcomes: Counter[str] = Counter()
     try:
-        for result in run(arm, rollouts(command), client, command.follow, observers=lambda _: observers(command)):
+        for result in run(
+            arm, rollouts(command), client, command.follow, observers=lambda _: observers(command, arm, client)
+        ):
             outcomes[result.outcome] += 1
             report(result)
     finally:
@@ -182,8 +200,11 @@ def rollouts(command: Run) -> list[Rollout]:
     ]
 
 
-def observers(command: Run) -> list[Observer]:
-    return [] if command.film is None else [Film(command.film)]
+def observers(command: Run, arm: Arm, client: PolicyClient) -> list[Observer]:
+    watching: list[Observer] = [] if command.film is None else [Film(command.film)]
+    if command.record is not None:
+        watching.append(Recorder(command.record, client.spec(), arm.spec, image_format=client.image_format))
+    return watching
 
 
 def report(result: EpisodeResult) -> None:

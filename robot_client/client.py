@@ -162,13 +162,7 @@ class PolicyClient:
         self._persist(self._stub.EndEpisode, request, give_up_after_s)
 
     def _encode(self, observation: Observation) -> episode_pb2.Observation:
-        images = {name: encode_image(pixels, self.image_format) for name, pixels in observation.images.items()}
-        return episode_pb2.Observation(
-            images=images,
-            state=encode_tensor(observation.state_S.astype("float32")) if observation.state_S.size else None,
-            instruction=observation.instruction,
-            capture_time_ns=observation.capture_time_ns,
-        )
+        return encode_observation(observation, self.image_format)
 
     def _settle(self, answer: Future[Answer], reply, request: policy_pb2.ActRequest, spec: PolicySpec) -> None:
         """Hands the outcome of the call over to whoever waits for the answer."""
@@ -205,3 +199,13 @@ class PolicyClient:
             if not error.repeatable or time.monotonic() + wait_s > give_up_at:
                 raise error
             time.sleep(wait_s)
+
+
+def encode_observation(observation: Observation, image_format: ImageFormat) -> episode_pb2.Observation:
+    """The message that the observation travels as."""
+    return episode_pb2.Observation(
+        images={name: encode_image(pixels, image_format) for name, pixels in observation.images.items()},
+        state=encode_tensor(observation.state_S.astype("float32")) if observation.state_S.size else None,
+        instruction=observation.instruction,
+        capture_time_ns=observation.capture_time_ns,
+    )

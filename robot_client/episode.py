@@ -204,7 +204,10 @@ class Episode:
                 self.arm.hold()
             if self.ending.outcome != "error":
                 self._decisions.settle()
-                final = self._for_the_policy(self.arm.observe())
+                seen = self.arm.observe()
+                final = self._for_the_policy(seen)
+                for observer in self._observers:
+                    observer.on_final_observation(seen)
         if self._opened.episode_id:
             with self._ending_on_error():
                 self._close(self.ending, final)

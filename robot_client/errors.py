@@ -5,6 +5,7 @@ RobotError
 ├── UnknownArm            no such entry point; says which there are
 ├── CameraError           a camera failed, shows nothing, or cannot do what was asked of it
 ├── UnknownCamera         no such entry point, or what it needs is not installed
+├── CannotExport          these episodes make no such data set (robot_client/export.py)
 ├── BadProfile            the arm's profile cannot be used; raised before anything moves
 ├── SpecMismatch          policy and arm do not fit; raised before anything moves
 └── PolicyError           the policy server gave no usable answer (code, field, message, retry_after_s)

@@ -23,5 +23,8 @@ class Observer:
     def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
         """`state` was the arm's before this tick was executed."""
 
+    def on_final_observation(self, observation: Observation) -> None:
+        """The episode is over, and not as an error: what the arm saw last."""
+
     def on_end(self, result: EpisodeResult) -> None:
         """The episode is closed."""

@@ -186,7 +186,7 @@ def _build(kind: type, table: Any, where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _build(kind, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:

@@ -46,7 +46,7 @@ class FrankaHardware:
         if not 0 < dynamics <= 1:
             raise ValueError(f"dynamics must be in (0, 1], got {dynamics:g}")
         self.rate_hz = rate_hz
-        self._fault = ""
+        self._fault, self._closed = "", False
         self._next: franky.JointMotion | None = None
         kernel = franky.RealtimeConfig.Enforce if realtime else franky.RealtimeConfig.Ignore
         try:
@@ -106,9 +106,14 @@ class FrankaHardware:
         self._fault = ""
 
     def close(self) -> None:
+        if self._closed:
+            return
         self.stop()
         if self._hand:
             self._hand.close()
+        # Their ends close the connections, and the robot takes no second ones before.
+        del self._robot, self._hand
+        self._closed = True
 
     @property
     def _signal(self) -> franky.ControlSignalType | None:
@@ -160,11 +165,12 @@ class _Hand:
     def _attend(self) -> None:
         sent = None
         while not self._closing.wait(HAND_PERIOD_S):
+            asked = self._asked
             try:
                 self.opening = min(max(self._hand.width / self._open_m, 0.0), 1.0)
-                if self._asked != sent and not self.fault:
-                    sent = self._asked
-                    self._send(sent)
+                if asked is not None and asked != sent and not self.fault:
+                    sent = asked
+                    self._send(asked)
             except (franky.Exception, franky.GripperException) as error:
                 self.fault = f"hand: {error}"
 

@@ -19,7 +19,8 @@ sys.meta_path.insert(0, Blocked())
 import pkgutil, importlib
 import robot_client
 for module in pkgutil.walk_packages(robot_client.__path__, "robot_client."):
-    if not module.name.startswith(("robot_client.arms.", "robot_client.cameras.")):  # a file for each make's own SDK
+    # But for what an extra brings: each make's own SDK, the files of a data set.
+    if not module.name.removeprefix("robot_client.").startswith(("arms.", "cameras.", "lerobot.", "kinematics")):
         importlib.import_module(module.name)
 from robot_client.__main__ import main
 sys.exit(main(["run", "--task", "t", "--max-ticks", "4", "--lockstep", "--server", sys.argv[1]]))
