@@ -127,15 +127,18 @@ class FrankaHardware:
         except franky.Exception as error:
             self._fault = self._fault or str(error)
             return
-        if at_rest and self._next is not None:
-            motion, self._next = self._next, None
-            self._move(motion)
+        if at_rest and self._next is not None and self._move(self._next):
+            self._next = None
 
-    def _move(self, motion: franky.Motion) -> None:
+    def _move(self, motion: franky.Motion) -> bool:
+        """False when the last motion, of another kind, is still being wound up: ask again in the next period."""
         try:
             self._robot.move(motion, asynchronous=True)
+        except franky.InvalidMotionTypeException:
+            return False
         except franky.Exception as error:
             self._fault = self._fault or str(error)
+        return True
 
 
 class _Hand:

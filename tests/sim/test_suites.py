@@ -32,8 +32,25 @@ def test_an_instruction_drops_the_scene() -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_no_state_is_both_trained_on_and_reported(name: str) -> None:
-    splits = {split: set(states) for split, states in SUITES[name].splits.items() if split != "paper"}
-    assert len(set().union(*splits.values())) == sum(map(len, splits.values()))
+    """Nor chosen by, whether the states are fixed or drawn."""
+    splits = SUITES[name].splits
+    uses = [("train", "train_drawn"), ("tune", "tune_drawn"), ("held_out",), ("fresh",)]
+    states = [{state for split in use for state in splits.get(split, ())} for use in uses]
+    assert len(set().union(*states)) == sum(map(len, states))
+    assert {split for use in uses for split in use} >= set(splits) - {"paper"}
+
+
+@pytest.mark.parametrize("name", LIBERO_SUITES)
+def test_no_draw_that_is_practised_on_is_in_the_fresh_list(name: str) -> None:
+    """A fresh state is a draw too, by another name."""
+    practised = {
+        int(state[5:])
+        for split in ("train_drawn", "tune_drawn")
+        for state in SUITES[name].splits[split]
+        if ":" in state
+    }
+    for task in SUITES[name].tasks:
+        assert not practised & set(fresh_list().get(task.id, {"seeds": []})["seeds"])
 
 
 def test_every_listed_task_has_a_hundred_different_fresh_states() -> None:
