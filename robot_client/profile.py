@@ -36,7 +36,7 @@ from robot_client.servo import MotionLimits
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]  # not installed where Python has its own
 
 Triple = tuple[float, float, float]
 
