@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -101,8 +101,7 @@ class Episode:
         self._measures_latency = config.ahead_ticks is None
         self._started_s = time.monotonic()
         self._ticks = self._holds = self._clips = self._human = self._asked_tick = 0
-        self._image_names = spec.image_names
-        self._state_indices = [arm.spec.state_names.index(name) for name in spec.state_names]
+        self._spec = spec
         try:
             self._chunks = Chunks(
                 chunk_length=spec.chunk_length,
@@ -205,7 +204,7 @@ class Episode:
             if self.ending.outcome != "error":
                 self._decisions.settle()
                 seen = self.arm.observe()
-                final = self._for_the_policy(seen)
+                final = self._spec.read_of(seen, self.arm.spec)
                 for observer in self._observers:
                     observer.on_final_observation(seen)
         if self._opened.episode_id:
@@ -272,7 +271,7 @@ class Episode:
         self._chunks.looked(observation.capture_time_ns)
         if not self._decisions.open:
             self._asked_tick = self._ticks
-        self._decisions.ask(self._for_the_policy(observation))
+        self._decisions.ask(self._spec.read_of(observation, self.arm.spec))
         for observer in self._observers:
             observer.on_observation(observation)
 
@@ -322,14 +321,6 @@ class Episode:
             action=action_A.tolist(),
             source=episode_pb2.SOURCE_HOLD,
             reason="; ".join(filter(None, (reason, self._decisions.trouble))),
-        )
-
-    def _for_the_policy(self, observation: Observation) -> Observation:
-        """What the policy reads of it."""
-        return replace(
-            observation,
-            images={name: observation.images[name] for name in self._image_names},
-            state_S=observation.state_S[self._state_indices],
         )
 
     def _close(self, ending: Ending, final: Observation | None) -> None:

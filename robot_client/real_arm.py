@@ -104,7 +104,7 @@ class RealArm:
                 self._servo.release()
                 raise ArmError(f"the robot has not come home in {home.patience_s:g} s")
             time.sleep(POLL_S)
-        self._servo.cadence()
+        self._servo.cadence()  # begins a new count
 
     def state(self) -> ArmState:
         status = self._read()
@@ -145,10 +145,6 @@ class RealArm:
     def recover(self) -> None:
         """Clears a fault: only ever at a person's word."""
         self._command(self._servo.recover)
-
-    def cadence(self) -> str:
-        """How well the servo kept the robot's own rate since the reset, or since this was last asked."""
-        return str(self._servo.cadence())
 
     def close(self) -> None:
         self._servo.close()

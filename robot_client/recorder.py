@@ -16,7 +16,6 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -130,13 +129,7 @@ class Recorder(Observer):
 
     def _as_sent(self, observation: Observation) -> episode_pb2.Observation:
         """What the policy reads of it, as the client encodes it."""
-        entries = [self._arm.state_names.index(name) for name in self._policy.state_names]
-        read = replace(
-            observation,
-            images={name: observation.images[name] for name in self._policy.image_names},
-            state_S=observation.state_S[entries],
-        )
-        return encode_observation(read, self._image_format)
+        return encode_observation(self._policy.read_of(observation, self._arm), self._image_format)
 
     def _keep_ticks(self, count: int) -> None:
         ticks = self._ticks[:count]

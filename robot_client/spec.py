@@ -5,13 +5,13 @@ Shapes: A numbers an action, K actions an answer, N = K*A tokens, S state entrie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from protos import policy_pb2
 from protos.codec import CodecError, decode_tensor
-from robot_client.arm import ArmSpec
+from robot_client.arm import ArmSpec, Observation
 from robot_client.errors import BadAnswer, SpecMismatch
 
 TICK_RATE_TOLERANCE = 0.01
@@ -90,6 +90,14 @@ class PolicySpec:
             tick_rate_hz=message.tick_rate_hz,
             image_names=tuple(image.name for image in message.images),
             state_names=tuple(entry.name for entry in message.state),
+        )
+
+    def read_of(self, observation: Observation, arm: ArmSpec) -> Observation:
+        """What the policy reads of an observation by an arm that fits it."""
+        return replace(
+            observation,
+            images={name: observation.images[name] for name in self.image_names},
+            state_S=observation.state_S[[arm.state_names.index(name) for name in self.state_names]],
         )
 
     def require_fit(self, arm: ArmSpec) -> None:

@@ -27,9 +27,6 @@ class Script:
     def wish(self) -> Wish:
         return self._wish_of(self._arm.state().tick)
 
-    def close(self) -> None:
-        pass
-
 
 def run_one(client, wish_of: Callable[[int], Wish], max_ticks: int = 12, **config):
     arm = FakeArm()
