@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,9 @@ from robot_client.episode import EpisodeConfig
 from robot_client.errors import RobotError
 from robot_client.export import Export, export
 from robot_client.film import SUFFIXES, Film
+from robot_client.leases import Leases, worker_name
 from robot_client.observer import Observer
+from robot_client.real_arm import RealArm
 from robot_client.recorder import Recorder
 from robot_client.rollout import EpisodeResult, Purpose, Rollout
 from robot_client.spec import PolicySpec
@@ -38,19 +41,24 @@ logger = logging.getLogger("robot_client")
 
 REFUSED = 2
 """Exit code when nothing was moved."""
+UNSTORED = Path("episodes")
+"""Where episode files go that the server does not keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Runs episodes on an arm and reports each."""
 
-    task: str
-    """What to do, in words."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """What to do, in words; several, each given so, take turns."""
     arm: str = "kinematic"
     """Name of an installed arm; its own flags follow."""
     server: str = "localhost:50051"
     """HOST:PORT of the policy server."""
     episodes: int = 1
+    """Of each task; with --leases, in all."""
+    leases: bool = False
+    """Take the work from the server's rollout queue: what it holds of these tasks."""
     max_ticks: int = 200
     """Length of an episode unless the arm ends it earlier; 0 is no limit."""
     purpose: Purpose = "deploy"
@@ -62,6 +70,8 @@ class Run:
     """Where a simulated task begins, in the arm's own words."""
     image_format: ImageFormat = "raw"
     """How frames travel; jpeg takes a tenth of the bytes and is lossy."""
+    resize: bool = False
+    """Bring frames to the policy's size before they travel."""
     stream: bool = True
     """Ask over one stream instead of a call for each decision."""
     deadline_s: float = 10.0
@@ -70,7 +80,7 @@ class Run:
     """How long a lost server is tried again before the episode ends as an error."""
     follow: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = field(default_factory=EpisodeConfig)
     record: Path | None = None
-    """Also write episode files here, for servers that keep none."""
+    """Also write episode files here; where the server keeps none, `episodes` if not given."""
     film: Path | None = None
     """Write what the policy saw in the last episode (.gif, .png or .webp)."""
 
@@ -79,6 +89,8 @@ class Run:
             raise ValueError(f"film must end in one of {list(SUFFIXES)}, got {self.film.name!r}")
         if self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if not self.task:
+            raise ValueError("task must be given at least once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,18 +169,25 @@ def drive(command: Run, rest: Sequence[str]) -> int:
     client = connect(
         command.server,
         image_format=command.image_format,
+        resize=command.resize,
         stream=command.stream,
         deadline_s=command.deadline_s,
         give_up_after_s=command.give_up_after_s,
     )
+    leases = Leases(command.server, worker=worker_name(), can_run=command.task) if command.leases else None
     outcomes: Counter[str] = Counter()
     try:
-        for result in run(
-            arm, rollouts(command), client, command.follow, observers=lambda _: observers(command, arm, client)
-        ):
+        work = islice(leases.rollouts(tasks(command)), command.episodes) if leases else rollouts(command)
+        for result in run(arm, work, client, command.follow, observers=lambda _: observers(command, arm, client)):
             outcomes[result.outcome] += 1
             report(result)
+            if leases:
+                leases.settle(result)
+            if isinstance(arm, RealArm) and result.outcome != "error":
+                logger.info("%s", arm.report())
     finally:
+        if leases:
+            leases.close()
         client.close()
         arm.close()
     logger.info("%s", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
@@ -182,13 +201,15 @@ def connect(server: str, **options) -> PolicyClient:
         raise RobotError(str(error)) from error
 
 
+def tasks(command: Run) -> list[Task]:
+    return [
+        Task(name=task, instruction=task, initial_state=command.initial_state, max_ticks=command.max_ticks)
+        for task in command.task
+    ]
+
+
 def rollouts(command: Run) -> list[Rollout]:
-    task = Task(
-        name=command.task,
-        instruction=command.task,
-        initial_state=command.initial_state,
-        max_ticks=command.max_ticks,
-    )
+    turns = [task for _ in range(command.episodes) for task in tasks(command)]
     return [
         Rollout(
             task=task,
@@ -196,14 +217,16 @@ def rollouts(command: Run) -> list[Rollout]:
             temperature=command.temperature,
             seed=None if command.seed is None else command.seed + n,
         )
-        for n in range(command.episodes)
+        for n, task in enumerate(turns)
     ]
 
 
 def observers(command: Run, arm: Arm, client: PolicyClient) -> list[Observer]:
     watching: list[Observer] = [] if command.film is None else [Film(command.film)]
-    if command.record is not None:
-        watching.append(Recorder(command.record, client.spec(), arm.spec, image_format=client.image_format))
+    policy = client.spec()
+    folder = command.record or (None if policy.message.stores_episodes else UNSTORED)
+    if folder is not None:
+        watching.append(Recorder(folder, policy, arm.spec, image_format=client.image_format))
     return watching
 
 

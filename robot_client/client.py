@@ -39,6 +39,8 @@ class PolicyClient:
     """A policy server at HOST:PORT.
 
     image_format: how frames travel; "raw" and "png" keep every pixel, "jpeg" takes a tenth of the bytes.
+    resize: the policy's size is all that travels.  A server that stores frames as JPEG before its own resize, as the
+        policies fine-tuned on LIBERO expect, then does so after it: the two differ by a few levels.
     stream: asks over one ActStream instead of a call for each decision.
     deadline_s: for one try of any call.
     give_up_after_s: how long a lost or overloaded server is tried again before its error is raised.
@@ -51,12 +53,14 @@ class PolicyClient:
         address: str,
         *,
         image_format: ImageFormat = "raw",
+        resize: bool = False,
         stream: bool = False,
         deadline_s: float = 10.0,
         give_up_after_s: float = 60.0,
     ):
         self.address = address
         self.image_format: ImageFormat = image_format
+        self.resize = resize
         self.deadline_s = deadline_s
         self.give_up_after_s = give_up_after_s
         self._channel = dial(address)
@@ -77,7 +81,7 @@ class PolicyClient:
 
     def spec(self) -> PolicySpec:
         """What the server says about its policy now; answers are checked against the latest one."""
-        self._spec = PolicySpec.of(self._persist(self._stub.GetSpec, policy_pb2.GetSpecRequest()))
+        self._spec = PolicySpec.of(self._persist(self._stub.GetSpec, policy_pb2.GetSpecRequest()), resize=self.resize)
         return self._spec
 
     def start_episode(self, rollout: Rollout, arm: ArmSpec) -> Opened:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import grpc
 
-from protos import rollout_pb2, rollout_pb2_grpc
+from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
 from protos.channel import dial
-from robot_client.errors import of_rpc
+from robot_client.arm import Task
+from robot_client.errors import PolicyError, of_rpc
+from robot_client.rollout import EpisodeResult, Purpose, Rollout
 
 log = logging.getLogger(__name__)
 
 RENEWALS = 3
 """How often a lease is renewed within its time: two calls may be lost."""
+WAIT_S = 2.0
+"""How long one call waits for work."""
+PURPOSES: dict[episode_pb2.Purpose, Purpose] = {
+    episode_pb2.PURPOSE_TRAIN: "train",
+    episode_pb2.PURPOSE_EVALUATE: "evaluate",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +36,25 @@ class Lease:
 
     lease_id: str
     rollout: rollout_pb2.Rollout
+
+    @property
+    def purpose(self) -> Purpose:
+        return PURPOSES[self.rollout.purpose]
+
+    def rollout_of(self, task: Task) -> Rollout:
+        """The work in the client's words.  task: of the leased name and initial state, as this arm knows it."""
+        return Rollout(
+            task=task,
+            purpose=self.purpose,
+            temperature=self.rollout.temperature,
+            noise_correlation=self.rollout.noise_correlation,
+            lease_id=self.lease_id,
+        )
+
+
+def worker_name() -> str:
+    """This process's own."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 class Leases:
@@ -62,6 +92,26 @@ class Leases:
         self._lease_s = reply.lease_ms / 1e3
         self._held.add(reply.lease_id)
         return Lease(lease_id=reply.lease_id, rollout=reply.rollout)
+
+    def rollouts(self, tasks: Sequence[Task]) -> Iterator[Rollout]:
+        """Work of these tasks, one after another as it is asked for; waits for it as long as need be."""
+        by_name = {task.name: task for task in tasks}
+        while True:
+            try:
+                lease = self.take(wait_s=WAIT_S)
+            except PolicyError as error:
+                log.warning("no work: %s", error)
+                time.sleep(WAIT_S)
+                continue
+            if lease is not None:
+                yield lease.rollout_of(replace(by_name[lease.rollout.task], initial_state=lease.rollout.initial_state))
+
+    def settle(self, result: EpisodeResult) -> None:
+        """The rollout of a lease has ended: what never became an episode goes back to the queue."""
+        if result.episode_id:
+            self.let_go(result.rollout.lease_id)
+        else:
+            self.give_back(result.rollout.lease_id, result.message)
 
     def let_go(self, lease_id: str) -> None:
         """Its episode has ended: it is renewed no more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,8 @@ class RealArm:
         self._base, self._tool = profile.frame.base, profile.frame.tool
         self._tick_s = 1 / profile.tick_rate_hz
         self._spec = arm_spec(profile, tuple(cameras))
+        if dry_run:
+            self._spec = replace(self._spec, name=f"{profile.arm} (dry run)")
         self._servo = ServoLink(make, profile.hardware, profile.motion, tick_s=self._tick_s)
         self._instruction = ""
         self._tick = 0
@@ -141,6 +143,12 @@ class RealArm:
     def hold(self) -> np.ndarray:
         self._command(self._servo.hold)
         return self._still_A()
+
+    def report(self) -> str:
+        """How well the servo kept its rate since the last reset, and what became of each camera's frames."""
+        lines = [f"servo: {self._servo.cadence()}"]
+        lines += [f"camera {name}: {camera.report()}" for name, camera in self._cameras.items()]
+        return "\n".join(lines)
 
     def recover(self) -> None:
         """Clears a fault: only ever at a person's word."""

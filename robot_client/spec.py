@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from protos import policy_pb2
+from protos import image, policy_pb2
 from protos.codec import CodecError, decode_tensor
 from robot_client.arm import ArmSpec, Observation
 from robot_client.errors import BadAnswer, SpecMismatch
@@ -60,10 +60,12 @@ class PolicySpec:
     """0 when the checkpoint does not say."""
     image_names: tuple[str, ...]
     state_names: tuple[str, ...]
+    resize: bool = False
+    """Frames are brought to the policy's size here, with its own filter, and not by the server."""
 
     @classmethod
-    def of(cls, message: policy_pb2.PolicySpec) -> PolicySpec:
-        """Raises BadAnswer when the message contradicts itself."""
+    def of(cls, message: policy_pb2.PolicySpec, *, resize: bool = False) -> PolicySpec:
+        """Raises BadAnswer when the message contradicts itself, or asks to resize as nobody here can."""
         width = len(message.action)
         tokens = message.action_tokens
         if width == 0 or message.chunk_length == 0:
@@ -72,6 +74,8 @@ class PolicySpec:
             raise BadAnswer(
                 f"bins must be in [2, vocabulary], got {tokens.bins} of {tokens.vocabulary}", field="action_tokens"
             )
+        if resize and (unknown := {said.resize for said in message.images} - set(image.FILTERS)):
+            raise BadAnswer(f"resize must be one of {list(image.FILTERS)}, got {sorted(unknown)}", field="images")
         try:
             low_A = decode_tensor(tokens.low, "action_tokens.low", dtype="float64", shape=(width,))
             high_A = decode_tensor(tokens.high, "action_tokens.high", dtype="float64", shape=(width,))
@@ -90,15 +94,21 @@ class PolicySpec:
             tick_rate_hz=message.tick_rate_hz,
             image_names=tuple(image.name for image in message.images),
             state_names=tuple(entry.name for entry in message.state),
+            resize=resize,
         )
 
     def read_of(self, observation: Observation, arm: ArmSpec) -> Observation:
         """What the policy reads of an observation by an arm that fits it."""
         return replace(
             observation,
-            images={name: observation.images[name] for name in self.image_names},
+            images={said.name: self._sent(observation.images[said.name], said) for said in self.message.images},
             state_S=observation.state_S[[arm.state_names.index(name) for name in self.state_names]],
         )
+
+    def _sent(self, pixels_HW3: np.ndarray, said: policy_pb2.ImageSpec) -> np.ndarray:
+        if not self.resize:
+            return pixels_HW3
+        return image.resize(pixels_HW3, (said.height, said.width), said.resize)  # pyright: ignore[reportArgumentType]
 
     def require_fit(self, arm: ArmSpec) -> None:
         """Raises SpecMismatch, which names every difference, unless this policy can drive this arm.

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protos import episode_pb2, rollout_pb2
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
 from robot_client.errors import PolicyError
-from robot_client.leases import Lease, Leases
-from robot_client.rollout import Purpose, Rollout
+from robot_client.leases import WAIT_S, Lease, Leases, worker_name
+from robot_client.rollout import Rollout
 from sim import assets
 from sim.evaluate import WORKER_ENVIRONMENT
 from sim.job_queue import Job
@@ -31,13 +28,6 @@ from sim.suites import SUITES, find_suite, find_task
 from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on
 
 logger = logging.getLogger(__name__)
-
-LEASE_WAIT_S = 2.0
-"""How long one call waits for work; between calls the worker shows that it lives."""
-PURPOSES: dict[episode_pb2.Purpose, Purpose] = {
-    episode_pb2.PURPOSE_TRAIN: "train",
-    episode_pb2.PURPOSE_EVALUATE: "evaluate",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +91,7 @@ def make_runner(config: WorkerConfig, can_run: tuple[str, ...]) -> Runner:
     """What a process runs; called in that process."""
     scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
     client = PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S)
-    leases = Leases(config.server, worker=f"{socket.gethostname()}-{os.getpid()}", can_run=can_run)
+    leases = Leases(config.server, worker=worker_name(), can_run=can_run)
     return functools.partial(_man_post, config, client, leases, scenes)
 
 
@@ -128,10 +118,10 @@ def _man_post(
 
 def _take(leases: Leases, scenes: Scenes) -> Lease | None:
     try:
-        return leases.take(holds=scenes.held, wait_s=LEASE_WAIT_S)
+        return leases.take(holds=scenes.held, wait_s=WAIT_S)
     except PolicyError as error:
         logger.warning("no work: %s", error)
-        time.sleep(LEASE_WAIT_S)
+        time.sleep(WAIT_S)
         return None
 
 
@@ -156,28 +146,20 @@ def _run_leases(
         arms, rollouts(), client, observers=lambda _: [Heartbeat(progress)], on_wait=lambda: progress("step")
     )
     for result in results:
-        if result.episode_id:
-            leases.let_go(result.rollout.lease_id)
-        else:
-            leases.give_back(result.rollout.lease_id, result.message)
+        leases.settle(result)
         if result.outcome == "error":
             logger.warning("%s %s: %s", task, result.rollout.task.initial_state, result.message)
 
 
 def rollout_of(lease: Lease, *, coarse_practice: bool = False) -> Rollout:
-    """The leased work in the client's words; the task's instruction and time limit come from its suite."""
-    leased: rollout_pb2.Rollout = lease.rollout
-    task, purpose = find_task(leased.task), PURPOSES[leased.purpose]
-    return Rollout(
-        task=SimulatedTask(
+    """The leased work; the task's instruction and time limit come from its suite."""
+    task = find_task(lease.rollout.task)
+    return lease.rollout_of(
+        SimulatedTask(
             name=task.id,
             instruction=task.instruction,
-            initial_state=leased.initial_state,
+            initial_state=lease.rollout.initial_state,
             max_ticks=task.max_ticks,
-            coarse=coarse_practice and purpose == "train",
-        ),
-        purpose=purpose,
-        temperature=leased.temperature,
-        noise_correlation=leased.noise_correlation,
-        lease_id=lease.lease_id,
+            coarse=coarse_practice and lease.purpose == "train",
+        )
     )

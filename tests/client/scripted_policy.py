@@ -81,7 +81,7 @@ def spec_of(*, chunk_length: int = 4, tick_rate_hz: float = 20.0) -> policy_pb2.
         ),
         chunk_length=chunk_length,
         tick_rate_hz=tick_rate_hz,
-        images=[policy_pb2.ImageSpec(name="agentview", height=16, width=16)],
+        images=[policy_pb2.ImageSpec(name="agentview", height=16, width=16, resize="lanczos3")],
         state=[policy_pb2.Dimension(name=name) for name in STATE_NAMES[:3]],
         max_instruction_tokens=100,
         max_image_bytes=2**20,

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from protos import episode_pb2, rollout_pb2
+from protos.episode_file import read_episode
 from robot_client.__main__ import main
+from tests.client.test_real_server import ScriptedModel
+from tests.server.running import serving
 
 
 @pytest.fixture(autouse=True)
 def info(caplog):
     caplog.set_level("INFO")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def test_spec_prints_what_the_server_says(server, capsys):
@@ -26,6 +35,38 @@ def test_run_drives_episodes_and_reports_each(server, policy, caplog):
     assert main(["run", "--server", server.address, "--task", "bowl", *flags]) == 0
     assert [episode.start.seed for episode in policy.episodes.values()] == [7, 8, 9]
     assert "3 failure" in caplog.text and "6 ticks (0 held, 0 clipped)" in caplog.text
+
+
+def test_tasks_take_turns(server, policy):
+    flags = ["--task", "bowl", "--task", "plate", "--episodes", "2", "--max-ticks", "1", "--lockstep"]
+    assert main(["run", "--server", server.address, *flags]) == 0
+    assert [episode.start.task for episode in policy.episodes.values()] == ["bowl", "plate"] * 2
+
+
+def test_what_the_server_does_not_keep_is_recorded_here(server, policy, tmp_path):
+    flags = ["--task", "bowl", "--max-ticks", "3", "--lockstep"]
+    assert main(["run", "--server", server.address, *flags]) == 0
+    (path,) = (tmp_path / "episodes").glob("*.episode")
+    assert len(read_episode(path).ticks) == 3
+    policy.spec.stores_episodes = True
+    assert main(["run", "--server", server.address, *flags]) == 0
+    assert len(list(tmp_path.rglob("*.episode"))) == 1
+
+
+def test_work_is_taken_from_the_servers_queue_as_long_as_episodes_are_wanted(tmp_path):
+    with serving(ScriptedModel(), episodes=tmp_path) as server:
+        rollouts = [
+            rollout_pb2.Rollout(rollout_id=f"run/0/{n}", task=task, purpose="PURPOSE_TRAIN", temperature=0.5, seed=n)
+            for n, task in enumerate(["bowl", "foreign", "plate", "bowl"])
+        ]
+        server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts))
+        flags = ["--task", "bowl", "--task", "plate", "--leases", "--episodes", "2", "--max-ticks", "2", "--lockstep"]
+        assert main(["run", "--server", server.address, *flags]) == 0
+        queue = server.rollouts.GetQueue(rollout_pb2.GetQueueRequest())
+        assert (queue.done, queue.waiting, queue.leased) == (2, 2, 0)
+    starts = [read_episode(path).start for path in tmp_path.glob("*.episode")]
+    assert sorted((start.task, start.seed) for start in starts) == [("bowl", 0), ("plate", 2)]
+    assert {(start.purpose, start.temperature) for start in starts} == {(episode_pb2.PURPOSE_TRAIN, 0.5)}
 
 
 def test_run_in_real_time_reports_its_jitter(server, caplog):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robot_client.arm import ACTION_NAMES, STATE_NAMES
+from protos import image
+from protos.codec import decode_image
+from robot_client.arm import ACTION_NAMES, STATE_NAMES, Observation
+from robot_client.client import PolicyClient
 from robot_client.errors import BadAnswer, SpecMismatch
 from robot_client.spec import PolicySpec
+from tests.client.conftest import rollout_of
 from tests.client.fake_arm import LIMITS, Limits, spec_of
 from tests.client.scripted_policy import spec_of as policy_spec
 
@@ -75,3 +79,22 @@ def test_a_spec_that_contradicts_itself_is_the_servers_fault(field):
     message.ClearField(field)
     with pytest.raises(BadAnswer):
         PolicySpec.of(message)
+
+
+def test_frames_are_brought_to_the_policys_size_with_its_filter_before_they_travel(server, policy):
+    noise_HW3 = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    seen = Observation(images={"agentview": noise_HW3}, state_S=np.zeros(8, np.float32), instruction="t")
+    with PolicyClient(server.address, resize=True) as client:
+        spec = client.spec()
+        episode_id = client.start_episode(rollout_of(), spec_of()).episode_id
+        client.act(episode_id, 0, spec.read_of(seen, spec_of()))
+    sent = policy.only_episode.requests[0].observation.images["agentview"]
+    np.testing.assert_array_equal(decode_image(sent), image.resize(noise_HW3, (16, 16), "lanczos3"))
+
+
+def test_a_filter_that_nobody_here_has_is_refused_where_it_would_be_needed():
+    message = policy_spec()
+    message.images[0].resize = "sinc"
+    PolicySpec.of(message)
+    with pytest.raises(BadAnswer, match=r"resize must be one of \['lanczos3', 'bicubic'\], got \['sinc'\]"):
+        PolicySpec.of(message, resize=True)
