@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from ruckig import ControlInterface, InputParameter, OutputParameter, Ruckig
 
 from robot_client.hardware import Hardware, Reading
-from robot_client.pose import Pose
+from robot_client.pose import Pose, rotation
 
 SMOOTHING_TICKS = 2
 """A goal is reached so many ticks after it is given: with one, an arm at 20 Hz would stop and go."""
@@ -36,14 +36,17 @@ class MotionLimits:
     jerk_rad_s3: float = 800.0
     leash_m: float = 0.05
     """Farther from its set point, the robot is held up by something: it holds."""
+    leash_rad: float = 0.3
+    """No goal is turned farther than this from the robot: what an arm of five joints cannot turn does not add up."""
     joints_low_rad: tuple[float, ...] = ()
     """Measured joints beyond these hold; empty: the controller's own limits alone."""
     joints_high_rad: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("speed_m_s", "acceleration_m_s2", "jerk_m_s3", "speed_rad_s", "acceleration_rad_s2", "leash_m"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not isinstance(value, tuple) and not 0 < value < math.inf:
+                raise ValueError(f"{limit.name} must be above 0 and finite, got {value}")
         if len(self.joints_low_rad) != len(self.joints_high_rad):
             raise ValueError(
                 "joints_low_rad and joints_high_rad must be as many, "
@@ -151,7 +154,7 @@ class Servo:
             self._hardware.begin()
             self._reading = self._hardware.read()  # a person may have moved it since the last
             self._set_point = SetPoint(self._reading.pose, 1 / self._hardware.rate_hz, self._limits)
-        self._goal = (self._goal or self._set_point.pose).moved(change_6)
+        self._goal = self._leashed((self._goal or self._set_point.pose).moved(change_6))
         self._expires_s = expires_s
         if change_6.any():  # else the goal before is due when it was
             self._due_s = self._clock_s() + SMOOTHING_TICKS * self._tick_s
@@ -236,6 +239,12 @@ class Servo:
             if not low <= angle <= high:
                 return f"joint {j + 1} is at {angle:.3f} rad, limits {low:g} to {high:g}"
         return ""
+
+    def _leashed(self, goal: Pose) -> Pose:
+        """The goal, turned no farther from the robot than the leash allows."""
+        turn_rad = self._reading.pose.change_to(goal)[3:]
+        excess = float(np.linalg.norm(turn_rad)) / self._limits.leash_rad
+        return goal if excess <= 1 else Pose(goal.position_m, rotation(turn_rad / excess) @ self._reading.pose.rotation)
 
     @property
     def _pose(self) -> Pose:

@@ -156,6 +156,16 @@ def test_after_being_held_up_it_starts_from_where_the_robot_is():
     np.testing.assert_allclose(ring.moved_6, 0.01 * X, atol=1e-6)
 
 
+def test_a_turn_that_the_robot_does_not_make_does_not_add_up():
+    about_z = np.array([0, 0, 0, 0, 0, 0.05])
+    ring = Ring(MotionLimits(leash_rad=0.2))
+    ring.hardware.stuck = True
+    ring.follow(about_z, ticks=20)
+    np.testing.assert_allclose(HOME.change_to(ring.servo.status.goal), 4 * about_z, atol=1e-6)
+    ring.follow(-about_z, ticks=4)
+    np.testing.assert_allclose(HOME.change_to(ring.servo.status.goal), 0 * about_z, atol=1e-6)
+
+
 def test_a_joint_beyond_its_limits_holds_and_is_named():
     ring = Ring(MotionLimits(joints_low_rad=(-1.0,) * 3, joints_high_rad=(1.0,) * 3))
     ring.hardware.joints_J = ring.hardware._joints_goal_J = np.array([0.0, 1.2, 0.0])
