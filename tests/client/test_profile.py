@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from robot_client.errors import BadProfile
+from robot_client import arms
+from robot_client.errors import BadProfile, UnknownArm
 from robot_client.profile import Profile, read_profile
 from robot_client.real_arm import arm_spec
 
@@ -96,3 +101,15 @@ def test_a_missing_profile_is_refused_by_name(tmp_path):
 def test_no_number_may_be_without_bounds(tmp_path):
     with pytest.raises(BadProfile, match="motion: speed_m_s must be above 0 and finite, got inf"):
         read(tmp_path, LEAST + "[motion]\nspeed_m_s = inf\n")
+
+
+@pytest.mark.parametrize("path", sorted(Path("docs/profiles").glob("*.toml")), ids=lambda path: path.stem)
+def test_an_example_suits_the_arm_it_is_named_after(path):
+    profile = read_profile(path)
+    assert profile.arm == path.stem
+    try:
+        module = sys.modules[arms.load(profile.arm).__module__]
+    except UnknownArm as error:
+        pytest.skip(str(error))
+    (hardware,) = [each for name, each in vars(module).items() if name.lower() == f"{path.stem}hardware"]
+    inspect.signature(hardware).bind(**profile.hardware)
