@@ -92,7 +92,7 @@ class SetPoint:
         """A step to a goal that is to be reached in within_s, or later if the limits demand it."""
         self._input.control_interface = ControlInterface.Position
         self._input.target_position = self.pose.change_to(goal)
-        self._input.minimum_duration = max(within_s, 0.0) or None
+        self._input.minimum_duration = max(within_s, self._otg.delta_time)  # Ruckig may fail where there is no time
         self._step()
 
     def to_rest(self) -> None:

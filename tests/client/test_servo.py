@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robot_client.servo import SMOOTHING_TICKS, MotionLimits, Servo
+from robot_client.servo import SMOOTHING_TICKS, MotionLimits, Servo, SetPoint
 from tests.client.fake_hardware import HOME, JOINTS, FakeHardware
 
 TICK_S = 0.05
@@ -98,6 +98,20 @@ def test_no_goal_makes_it_exceed_its_limits(ring):
     speeds = np.array([twist[0] for twist in ring.hardware.twists])
     assert np.abs(speeds).max() <= 0.25 + 1e-9
     assert np.abs(np.diff(speeds)).max() / ring.period_s <= 5.0 + 1e-6
+
+
+@pytest.mark.parametrize("rate_hz", [50, 100, 125, 250])
+def test_a_goal_however_near_or_overdue_can_be_planned_for(rate_hz):
+    """Two seconds of small random goals at 20 Hz, two of rest, 40 times."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        set_point, goal, due_s = SetPoint(HOME, 1 / rate_hz, MotionLimits()), HOME, 0.0
+        for step in range(4 * rate_hz):
+            if step < 2 * rate_hz and step % (rate_hz // 20) == 0:
+                goal = goal.moved(rng.integers(0, 2, 6) * rng.uniform(-1, 1, 6) * np.repeat([0.003, 0.02], 3))
+                due_s = step / rate_hz + SMOOTHING_TICKS * TICK_S
+            set_point.towards(goal, due_s - step / rate_hz)
+        np.testing.assert_allclose(set_point.pose.change_to(goal), np.zeros(6), atol=1e-6)
 
 
 def test_a_hold_is_at_rest_within_two_ticks_and_stays(ring):
