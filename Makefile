@@ -81,7 +81,7 @@ protos: .venv/protoc.done
 	@touch $@
 
 .venv/dev.done: .venv/sim.done
-	$(BIN)/python -m pip install --quiet -e '.[trainer,dev,export,franka,realsense,so100,ur,uvc,xarm]'
+	$(BIN)/python -m pip install --quiet -e '.[trainer,dev,export,franka,gamepad,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
 	@touch $@
 
 .venv/protoc.done:

@@ -1,10 +1,11 @@
 """Drives an arm with a policy server, or prints what the server's policy is.
 
     python -m robot_client run --arm kinematic --server HOST:PORT --task "pick up the bowl" --episodes 3
+    python -m robot_client doctor --arm franka --profile lab.toml --server HOST:PORT      what would stop a run
     python -m robot_client spec --server HOST:PORT
     python -m robot_client export --episodes DIR --out DIR        episode files as a LeRobotDataset
 
-Flags that `run` does not know go to the arm: `--arm replay --path FILE`.
+Flags that `run` and `doctor` do not know go to the arm: `--arm replay --path FILE`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -22,20 +25,24 @@ import numpy as np
 import tyro
 
 from protos.codec import ImageFormat
-from robot_client import arms
+from robot_client import arms, pilots
 from robot_client.arm import Arm, Task
 from robot_client.client import PolicyClient
+from robot_client.doctor import Doctor, doctor
 from robot_client.drivers import run
 from robot_client.episode import EpisodeConfig
 from robot_client.errors import RobotError
 from robot_client.export import Export, export
 from robot_client.film import SUFFIXES, Film
+from robot_client.guide import guided, once_let_go
 from robot_client.leases import Leases, worker_name
 from robot_client.observer import Observer
 from robot_client.real_arm import RealArm
 from robot_client.recorder import Recorder
 from robot_client.rollout import EpisodeResult, Purpose, Rollout
 from robot_client.spec import PolicySpec
+from robot_client.terminal import own_terminal
+from robot_client.view import View
 
 logger = logging.getLogger("robot_client")
 
@@ -83,6 +90,13 @@ class Run:
     """Also write episode files here; where the server keeps none, `episodes` if not given."""
     film: Path | None = None
     """Write what the policy saw in the last episode (.gif, .png or .webp)."""
+    view: str = ""
+    """Show episodes in Rerun: spawn (a window), rerun+http://HOST:PORT/proxy, or a folder for its files."""
+    pilot: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A device to take over, stop, and say the outcome with: keyboard, gamepad, spacemouse, serial-stop:PORT; several,
+    each given so, together."""
+    guided: bool = False
+    """Before each episode, wait until a person at this terminal says that the scene is set up."""
 
     def __post_init__(self) -> None:
         if self.film is not None and self.film.suffix not in SUFFIXES:
@@ -107,6 +121,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     commands = (
         Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
         | Annotated[Spec, tyro.conf.subcommand("spec")]
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
@@ -117,6 +132,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(command, Export):
             refuse_others("export", rest)
             return export(command)
+        if isinstance(command, Doctor):
+            return doctor(command, rest)
         return drive(command, rest)
     except RobotError as error:
         logger.error("%s", error)
@@ -159,37 +176,41 @@ def describe(spec: PolicySpec) -> str:
 
 
 def drive(command: Run, rest: Sequence[str]) -> int:
-    arm = tyro.cli(
-        arms.load(command.arm),
-        args=rest,
-        prog=f"robot_client run --arm {command.arm}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    logger.info("%s", command)
-    client = connect(
-        command.server,
-        image_format=command.image_format,
-        resize=command.resize,
-        stream=command.stream,
-        deadline_s=command.deadline_s,
-        give_up_after_s=command.give_up_after_s,
-    )
-    leases = Leases(command.server, worker=worker_name(), can_run=command.task) if command.leases else None
-    outcomes: Counter[str] = Counter()
-    try:
+    with ExitStack() as stack:
+        make = partial(tyro.cli, prog=f"robot_client run --arm {command.arm}", config=(tyro.conf.OmitArgPrefixes,))
+        arm = stack.enter_context(closing(make(arms.load(command.arm), args=rest)))
+        logger.info("%s", command)
+        client = stack.enter_context(
+            connect(
+                command.server,
+                image_format=command.image_format,
+                resize=command.resize,
+                stream=command.stream,
+                deadline_s=command.deadline_s,
+                give_up_after_s=command.give_up_after_s,
+            )
+        )
+        watching = observers(command, arm, client, stack)
+        leases = Leases(command.server, worker=worker_name(), can_run=command.task) if command.leases else None
+        if leases:
+            stack.callback(leases.close)
         work = islice(leases.rollouts(tasks(command)), command.episodes) if leases else rollouts(command)
-        for result in run(arm, work, client, command.follow, observers=lambda _: observers(command, arm, client)):
+        if command.guided:
+            terminal = stack.enter_context(closing(own_terminal()))
+            work = guided(work, terminal, arm.recover if isinstance(arm, RealArm) else lambda: None)
+        pilot = None
+        if command.pilot:
+            pilot = stack.enter_context(closing(pilots.together(command.pilot, arm.spec)))
+            work = once_let_go(work, pilot)
+            watching.append(pilot)
+            if isinstance(arm, RealArm):
+                arm.stopped = pilot.stopped
+        outcomes: Counter[str] = Counter()
+        for result in run(arm, work, client, command.follow, observers=lambda _: watching, pilot=pilot):
             outcomes[result.outcome] += 1
-            report(result)
+            report(result, arm)
             if leases:
                 leases.settle(result)
-            if isinstance(arm, RealArm) and result.outcome != "error":
-                logger.info("%s", arm.report())
-    finally:
-        if leases:
-            leases.close()
-        client.close()
-        arm.close()
     logger.info("%s", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
     return 1 if outcomes["error"] else 0
 
@@ -221,16 +242,18 @@ def rollouts(command: Run) -> list[Rollout]:
     ]
 
 
-def observers(command: Run, arm: Arm, client: PolicyClient) -> list[Observer]:
+def observers(command: Run, arm: Arm, client: PolicyClient, stack: ExitStack) -> list[Observer]:
     watching: list[Observer] = [] if command.film is None else [Film(command.film)]
     policy = client.spec()
     folder = command.record or (None if policy.message.stores_episodes else UNSTORED)
     if folder is not None:
         watching.append(Recorder(folder, policy, arm.spec, image_format=client.image_format))
+    if command.view:
+        watching.append(stack.enter_context(closing(View(command.view, policy, arm.spec))))
     return watching
 
 
-def report(result: EpisodeResult) -> None:
+def report(result: EpisodeResult, arm: Arm) -> None:
     answers_ms = 1000 * np.array(result.answer_s or [0.0])
     logger.info(
         "%s (%s): %s%s; %d ticks (%d held, %d clipped), %d decisions answered in %.1f ms (median), %.1f ms (worst)",
@@ -247,6 +270,8 @@ def report(result: EpisodeResult) -> None:
     )
     if result.cadence is not None:
         logger.info("%s", result.cadence)
+    if isinstance(arm, RealArm) and result.outcome != "error":
+        logger.info("%s", arm.report())
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Episode:
         """Executes the action that is due, or holds."""
         with self._ending_on_error():
             if self._wish.stopped:
-                tick = self._hold("stopped by a person")
+                tick = self._hold(f"stopped: {self._wish.stopped}")
             elif self._wish.action_A is not None:
                 tick = self._obey(self._wish.action_A)
             else:

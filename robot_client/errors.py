@@ -5,6 +5,8 @@ RobotError
 ├── UnknownArm            no such entry point; says which there are
 ├── CameraError           a camera failed, shows nothing, or cannot do what was asked of it
 ├── UnknownCamera         no such entry point, or what it needs is not installed
+├── PilotError            a device that a person intervenes with cannot be had, or is lost
+├── CannotView            there is no viewer, or no place for its files (robot_client/view.py)
 ├── CannotExport          these episodes make no such data set (robot_client/export.py)
 ├── BadProfile            the arm's profile cannot be used; raised before anything moves
 ├── SpecMismatch          policy and arm do not fit; raised before anything moves
@@ -48,6 +50,10 @@ class CameraError(RobotError):
 
 class UnknownCamera(RobotError):
     """No camera of that make is installed."""
+
+
+class PilotError(RobotError):
+    """A device with which a person intervenes cannot be had, or is lost: says which, and why."""
 
 
 class BadProfile(RobotError):

@@ -16,6 +16,7 @@ import tyro
 
 from robot_client import cameras
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
+from robot_client.cadence import CadenceReport
 from robot_client.camera import Camera
 from robot_client.errors import ArmError, BadProfile
 from robot_client.hardware import Hardware
@@ -60,6 +61,8 @@ class RealArm:
         dry_run: bool = False,
         picture_s: float = 10.0,
     ):
+        self.stopped: Callable[[], str] = lambda: ""
+        """Asked on the way home: why the arm must stop, empty when it need not."""
         self._profile = profile
         self._cameras = dict(cameras)
         self._dry_run = dry_run
@@ -102,9 +105,10 @@ class RealArm:
         self._opening = home.opening
         joints_J, until_s = np.array(home.joints_rad), time.monotonic() + home.patience_s
         while self._command(self._servo.go_home, joints_J, home.speed, home.opening, self._expires_s).moving:
-            if time.monotonic() > until_s:
+            late = f"the robot has not come home in {home.patience_s:g} s" if time.monotonic() > until_s else ""
+            if trouble := self.stopped() or late:
                 self._servo.release()
-                raise ArmError(f"the robot has not come home in {home.patience_s:g} s")
+                raise ArmError(f"on the way home: {trouble}")
             time.sleep(POLL_S)
         self._servo.cadence()  # begins a new count
 
@@ -143,6 +147,10 @@ class RealArm:
     def hold(self) -> np.ndarray:
         self._command(self._servo.hold)
         return self._still_A()
+
+    def cadence(self) -> CadenceReport:
+        """How well the servo kept its rate since the last call, or the last reset."""
+        return self._servo.cadence()
 
     def report(self) -> str:
         """How well the servo kept its rate since the last reset, and what became of each camera's frames."""

@@ -6,25 +6,19 @@ An arm is a class whose constructor takes keyword arguments of simple types: the
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 from robot_client.arm import Arm
 from robot_client.errors import UnknownArm
+from robot_client.plugins import Plugins
 
-GROUP = "vla_rl.arms"
+ARMS = Plugins(group="vla_rl.arms", what="arm", unknown=UnknownArm)
 
 
 def available() -> list[str]:
     """Names of the installed arms."""
-    return sorted(point.name for point in entry_points(group=GROUP))
+    return ARMS.available()
 
 
 def load(name: str) -> Callable[..., Arm]:
     """The class of the arm with that name.  Raises UnknownArm, also when what it needs is not installed."""
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
-        raise UnknownArm(f"arm must be one of {available()}, got {name!r}")
-    try:
-        return found[0].load()
-    except ImportError as error:
-        raise UnknownArm(f"arm {name!r} needs a package that is not installed: {error}") from error
+    return ARMS.load(name)

@@ -6,17 +6,17 @@ they become keys in a camera's description.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from robot_client.camera import Camera, FrameSource
 from robot_client.errors import CameraError, UnknownCamera
+from robot_client.plugins import Plugins
 
 GROUP = "vla_rl.cameras"
+CAMERAS = Plugins(group=GROUP, what="camera", unknown=UnknownCamera)
 FORM = "NAME=MAKE[:DEVICE][,key=value...]"
 READ: dict[Any, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
@@ -30,16 +30,12 @@ READ: dict[Any, Callable[[str], Any]] = {
 
 def available() -> list[str]:
     """Names of the installed makes."""
-    return sorted(point.name for point in entry_points(group=GROUP))
+    return CAMERAS.available()
 
 
 def load(make: str) -> Callable[..., FrameSource]:
     """The class of the source of that make.  Raises UnknownCamera, also when what it needs is not installed."""
-    found = list(entry_points(group=GROUP, name=make))
-    if not found:
-        raise UnknownCamera(f"camera must be one of {available()}, got {make!r}")
-    with _installed(make):
-        return found[0].load()
+    return CAMERAS.load(make)
 
 
 def parse(text: str) -> Camera:
@@ -63,7 +59,7 @@ def parse(text: str) -> Camera:
         raise CameraError(f"camera {name}: {make} has the settings {list(known)}, got {unknown}")
     values = {key: value_of(known[key], value, f"camera {name}: {key}") for key, value in given.items()}
     try:
-        with _installed(make):
+        with CAMERAS.installed(make):
             source = source_class(**{key: value for key, value in values.items() if key in of_source})
         return Camera(name, source, **{key: value for key, value in values.items() if key not in of_source})
     except (TypeError, ValueError) as error:
@@ -85,14 +81,3 @@ def value_of(kind: Any, text: str, what: str) -> Any:
         return choices[text] if choices else READ.get(kind, str)(text)
     except (ValueError, KeyError) as error:
         raise CameraError(f"{what} must be {kind.__name__}, got {text!r}") from error
-
-
-@contextlib.contextmanager
-def _installed(make: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UnknownCamera(
-            f"camera {make!r} needs a package that is not installed: {error}; "
-            f"the extra of its name brings those of ours: pip install 'vla-rl[{make}]'"
-        ) from error

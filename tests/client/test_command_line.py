@@ -114,6 +114,9 @@ def test_an_episode_that_ends_as_an_error_gives_exit_code_1(server, policy, capl
         (["--replan-after", "9"], "replan_after must be in [0, 4]"),
         (["--server", "localhost:http"], "a server address must be HOST:PORT"),
         (["--server", "127.0.0.1:1", "--give-up-after-s", "0.2"], "UNAVAILABLE"),
+        (["--guided"], "keys are read from a terminal"),
+        (["--pilot", "wheel"], "pilot must be one of ['gamepad', 'keyboard', "),
+        (["--pilot", "keyboard"], "keys are read from a terminal"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence_before_anything_moves(server, policy, caplog, flags, sentence):

@@ -60,11 +60,11 @@ def test_a_person_says_how_it_ended(client, policy, outcome, terminal):
 
 
 def test_stopped_nothing_moves_and_the_policy_is_not_asked(client, policy):
-    arm, result = run_one(client, lambda tick: Wish(stopped=tick >= 2))
+    arm, result = run_one(client, lambda tick: Wish(stopped="the dog is in" if tick >= 2 else ""))
     assert len(arm.applied) == 2 and result.holds == 10 and len(policy.only_episode.requests) == 1
-    assert {tick.reason for tick in policy.only_episode.ticks[2:]} == {"stopped by a person"}
+    assert {tick.reason for tick in policy.only_episode.ticks[2:]} == {"stopped: the dog is in"}
 
 
 def test_let_go_the_policy_goes_on_with_a_new_observation(client, policy):
-    arm, result = run_one(client, lambda tick: Wish(stopped=2 <= tick < 5))
+    arm, result = run_one(client, lambda tick: Wish(stopped="wait" if 2 <= tick < 5 else ""))
     assert len(arm.applied) == 9 and result.holds == 3 and result.decisions == 3

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from robot_client.arm import STATE_NAMES
 from robot_client.camera import Camera
 from robot_client.errors import ArmError, BadProfile
 from robot_client.profile import Box, Frame, Gripper, Home, Profile, Scale
@@ -171,6 +172,18 @@ def test_a_fault_is_an_error_until_a_person_clears_it(tmp_path):
     arm.recover()
     arm.reset(TASK)
     assert arm.apply(STILL) is STILL
+    arm.close()
+
+
+def test_a_person_stops_it_on_its_way_home():
+    arm = arm_of(home=Home(joints_rad=(3.0, 3.0, 3.0), speed=0.01, patience_s=20))
+    wishes = iter(["", "", "space was pressed"])
+    arm.stopped = lambda: next(wishes)
+    with pytest.raises(ArmError, match="on the way home: space was pressed"):
+        arm.reset(TASK)
+    before_J = arm.state().state_S[len(STATE_NAMES) :]
+    time.sleep(0.1)
+    np.testing.assert_array_equal(arm.state().state_S[len(STATE_NAMES) :], before_J)
     arm.close()
 
 
