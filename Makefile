@@ -80,7 +80,7 @@ protos: .venv/protoc.done
 	$(BIN)/python -m pip install --quiet --no-deps $(LIBERO)
 	@touch $@
 
-.venv/dev.done: .venv/sim.done
+.venv/dev.done: .venv/sim.done | libusb
 	$(BIN)/python -m pip install --quiet -e '.[trainer,dev,export,franka,gamepad,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
 	@touch $@
 
@@ -89,11 +89,18 @@ protos: .venv/protoc.done
 	.venv/protoc/bin/python -m pip install --quiet 'grpcio-tools==1.62.3' 'setuptools<81'
 	@touch $@
 
-# Software rendering for a Linux machine with neither GPU nor screen.
-osmesa:
-	@[ "$$(uname)" != Linux ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q libOSMesa \
-	  || { [ "$$(id -u)" = 0 ] && (apt-get install -y -qq libosmesa6 || (apt-get update -qq && apt-get install -y -qq libosmesa6)) >/dev/null; } \
-	  || sudo -n apt-get install -y -qq libosmesa6 >/dev/null 2>&1 \
-	  || { echo "libOSMesa is missing: install it (Debian, Ubuntu: sudo apt-get install libosmesa6), then run make again"; exit 1; }
+# need(library, Debian's package of it): on Linux, installs what is missing where it may, and says so where it may not.
+need = [ "$$(uname)" != Linux ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q $(1) \
+	  || { [ "$$(id -u)" = 0 ] && (apt-get install -y -qq $(2) || (apt-get update -qq && apt-get install -y -qq $(2))) >/dev/null; } \
+	  || sudo -n apt-get install -y -qq $(2) >/dev/null 2>&1 \
+	  || { echo "$(1) is missing: install it (Debian, Ubuntu: sudo apt-get install $(2)), then run make again"; exit 1; }
 
-.PHONY: serve test demo check nano protos osmesa
+# Software rendering for a machine with neither GPU nor screen.
+osmesa:
+	@$(call need,libOSMesa,libosmesa6)
+
+# pyrealsense2 is linked with it; tests that want it are skipped without it.
+libusb:
+	-@$(call need,libusb-1.0,libusb-1.0-0)
+
+.PHONY: serve test demo check nano protos osmesa libusb
