@@ -35,6 +35,7 @@ from robot_client.errors import RobotError
 from robot_client.export import Export, export
 from robot_client.film import SUFFIXES, Film
 from robot_client.guide import guided, once_let_go
+from robot_client.journal import Journal
 from robot_client.leases import Leases, worker_name
 from robot_client.observer import Observer
 from robot_client.real_arm import RealArm
@@ -243,8 +244,9 @@ def rollouts(command: Run) -> list[Rollout]:
 
 
 def observers(command: Run, arm: Arm, client: PolicyClient, stack: ExitStack) -> list[Observer]:
-    watching: list[Observer] = [] if command.film is None else [Film(command.film)]
-    policy = client.spec()
+    policy, watching = client.spec(), list[Observer]([Journal()])
+    if command.film is not None:
+        watching.append(Film(command.film))
     folder = command.record or (None if policy.message.stores_episodes else UNSTORED)
     if folder is not None:
         watching.append(Recorder(folder, policy, arm.spec, image_format=client.image_format))
