@@ -140,8 +140,10 @@ class RealArm:
         # The policy's axes are those of its own frame: a move and a turn are vectors there.
         to_base = self._base.rotation.T
         change_6 = np.concatenate([to_base @ action_A[:3] * scale.metres, to_base @ action_A[3:6] * scale.radians])
-        self._opening = opening_of(float(action_A[6]), self._opening, self._profile.gripper)
-        self._command(self._servo.go, change_6, self._opening, self._expires_s)
+        opening = opening_of(float(action_A[6]), self._opening, self._profile.gripper)
+        if self._command(self._servo.go, change_6, opening, self._expires_s).trouble:
+            return self._still_A()  # it came in between, and nothing was sent
+        self._opening = opening
         return action_A
 
     def hold(self) -> np.ndarray:

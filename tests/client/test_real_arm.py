@@ -133,6 +133,17 @@ def test_a_gripper_that_is_not_binary_goes_where_it_is_told():
     assert opening_of(0.3, 1.0, Gripper(binary=False)) == 0.3
 
 
+def test_what_a_servo_in_trouble_did_not_take_was_not_sent(arm):
+    arm.reset(TASK)
+    forward = np.array([1, 0, 0, 0, 0, 0, 0], np.float32)
+    np.testing.assert_array_equal(arm.apply(forward), forward)
+    time.sleep(0.3)  # the command expires
+    np.testing.assert_array_equal(arm.apply(forward), [0, 0, 0, 0, 0, 0, 0])
+    assert "no word from the client" in arm.state().trouble
+    arm.hold()
+    np.testing.assert_array_equal(arm.apply(forward), forward)
+
+
 def test_a_camera_in_trouble_is_the_arms_trouble_and_passes():
     source = FakeSource(fps=200.0)
     arm = arm_of(source=source)

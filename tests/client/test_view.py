@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from protos import episode_pb2
+from protos.codec import encode_tensor
 from protos.image import decode_jpeg, encode_jpeg
 from robot_client import view
 from robot_client.answer import Answer
@@ -32,7 +33,7 @@ from robot_client.rollout import EpisodeResult
 from robot_client.view import CannotView, View
 from tests.client.conftest import rollout_of
 from tests.client.fake_arm import FakeArm
-from tests.client.scripted_policy import Running, ScriptedPolicy
+from tests.client.scripted_policy import Running, ScriptedPolicy, action_of_tokens, tokens_of
 
 chunk = pytest.importorskip("rerun.chunk", reason="needs the extra `view`: pip install 'vla-rl[view]'")
 
@@ -68,6 +69,21 @@ class Witness(Observer):
 
     def on_final_observation(self, observation):
         self.on_observation(observation)
+
+
+class EveryActionAnother(ScriptedPolicy):
+    """The actions of a chunk differ, as those of a real policy do."""
+
+    def _chunk(self, decision: int) -> episode_pb2.Chunk:
+        rows = [tokens_of(np.array([1, 0.2 * k, 0, 0, 0, 0.1, decision % 2])) for k in range(self.spec.chunk_length)]
+        actions_KA = np.stack([action_of_tokens(ids_A) for ids_A in rows]).astype(np.float32)
+        ids_N = np.concatenate(rows).astype(np.int32)
+        return episode_pb2.Chunk(
+            actions=encode_tensor(actions_KA),
+            token_ids=encode_tensor(ids_N),
+            token_logprobs=encode_tensor(np.full(len(ids_N), -0.5, np.float32)),
+            version=1,
+        )
 
 
 class Takeover:
@@ -144,9 +160,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def episodes(folder) -> Iterator[dict[str, Shown]]:
     """Three of one run: with holds, clips and a takeover; with blended chunks; with an arm that fails."""
-    policy = ScriptedPolicy()
-    policy.action_of = lambda decision: np.array([1.0, 0.2 * (decision % 3), 0, 0, 0, 0.1, decision % 2])
-    server, arm = Running(policy), KinematicArm(size=64, lockstep=True)
+    server, arm = Running(EveryActionAnother()), KinematicArm(size=64, lockstep=True)
     told: dict[str, tuple[Witness, EpisodeResult]] = {}
     with PolicyClient(server.address) as client:
         viewer = View(str(folder), client.spec(), arm.spec)
