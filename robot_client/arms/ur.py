@@ -105,7 +105,8 @@ class URHardware:
         self._lost = self._lost or not (self._receive.isConnected() and self._control.isConnected())
         if self._lost:
             raise ArmError(f"lost the connection to the UR at {self._host}: connect anew, in a new process")
-        self._fault = self._fault or self._look() or self._refusal
+        if self._fault in ("", self._refusal):  # a refusal gives way to its cause, once the robot tells it
+            self._fault = self._look() or self._refusal
         return Reading(
             pose=_pose(self._receive.getActualTCPPose()),
             joints_J=np.array(self._receive.getActualQ()),

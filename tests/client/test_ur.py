@@ -215,8 +215,7 @@ def test_a_recovered_arm_does_not_take_up_its_last_set_point(hardware, simulator
 def test_a_protective_stop_is_named_and_left_to_a_person(hardware, simulator):
     lead(hardware, 0.1, 0.1)
     simulator("protective_stop")
-    wait_until(lambda: hardware.read().fault)
-    assert hardware.read().fault == "safety mode PROTECTIVE_STOP"
+    wait_until(lambda: hardware.read().fault == "safety mode PROTECTIVE_STOP")
     simulator("set_unlock", False)
     with pytest.raises(ArmError, match=r"cannot unlock .*Cannot unlock protective stop until 5s after occurrence"):
         hardware.recover()
