@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 # One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: every child would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from sim import assets
 from tests.server.running import RunningServer, serving

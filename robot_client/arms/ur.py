@@ -191,13 +191,17 @@ class URHardware:
             self._stamp_s, self._fresh_s = stamp_s, now_s
         elif now_s - self._fresh_s > max(SILENCE_S, self.watchdog_s):
             return f"nothing from {self._host} for {now_s - self._fresh_s:.1f} s"
-        if (safety := _word(SAFETY_MODES, self._receive.getSafetyMode() - 1)) not in ("NORMAL", "REDUCED"):
+        # From effect to cause: between two of them a newer packet may come, and the cause is then not missed.
+        state = _word(RUNTIME_STATES, self._receive.getRuntimeState())
+        mode = _word(ROBOT_MODES, self._receive.getRobotMode())
+        safety = _word(SAFETY_MODES, self._receive.getSafetyMode() - 1)
+        if safety not in ("NORMAL", "REDUCED"):
             return f"safety mode {safety}"
-        if (mode := _word(ROBOT_MODES, self._receive.getRobotMode())) != "RUNNING":
+        if mode != "RUNNING":
             return f"robot mode {mode}"
         if not program:
             return ""
-        if (state := _word(RUNTIME_STATES, self._receive.getRuntimeState())) != "PLAYING":
+        if state != "PLAYING":
             return f"the program on the controller is {state}"
         return "" if self._gripper is None else self._gripper.fault
 
