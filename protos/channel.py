@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -32,3 +34,10 @@ def dial(address: str) -> grpc.Channel:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"a server address must be HOST:PORT with a port in 1..65535, got {address!r}")
     return grpc.insecure_channel(f"{host}:{port}", options=OPTIONS)
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -178,8 +177,8 @@ def describe(spec: PolicySpec) -> str:
 
 def drive(command: Run, rest: Sequence[str]) -> int:
     with ExitStack() as stack:
-        make = partial(tyro.cli, prog=f"robot_client run --arm {command.arm}", config=(tyro.conf.OmitArgPrefixes,))
-        arm = stack.enter_context(closing(make(arms.load(command.arm), args=rest)))
+        make, prog = arms.load(command.arm), f"robot_client run --arm {command.arm}"
+        arm = stack.enter_context(closing(arms.parse(make, rest, prog=prog)))
         logger.info("%s", command)
         client = stack.enter_context(
             connect(
@@ -205,7 +204,7 @@ def drive(command: Run, rest: Sequence[str]) -> int:
             work = once_let_go(work, pilot)
             watching.append(pilot)
             if isinstance(arm, RealArm):
-                arm.stopped = pilot.stopped
+                arm.stopped = lambda: pilot.wish().stopped
         outcomes: Counter[str] = Counter()
         for result in run(arm, work, client, command.follow, observers=lambda _: watching, pilot=pilot):
             outcomes[result.outcome] += 1
@@ -244,7 +243,8 @@ def rollouts(command: Run) -> list[Rollout]:
 
 
 def observers(command: Run, arm: Arm, client: PolicyClient, stack: ExitStack) -> list[Observer]:
-    policy, watching = client.spec(), list[Observer]([Journal()])
+    policy = client.spec()
+    watching: list[Observer] = [Journal()]
     if command.film is not None:
         watching.append(Film(command.film))
     folder = command.record or (None if policy.message.stores_episodes else UNSTORED)

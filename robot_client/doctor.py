@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import tyro
 
 from protos.codec import ImageFormat
 from robot_client import arms, cameras, errors
@@ -206,8 +205,7 @@ class Patient:
             return error
 
     def _parsed(self, kind: Callable[..., T]) -> T:
-        prog = f"robot_client doctor --arm {self.config.arm}"
-        return tyro.cli(kind, args=self._flags, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        return arms.parse(kind, self._flags, prog=f"robot_client doctor --arm {self.config.arm}")
 
     def _kept(self, opened: Any) -> Any:
         self._stack.callback(opened.close)

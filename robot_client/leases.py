@@ -93,17 +93,20 @@ class Leases:
         self._held.add(reply.lease_id)
         return Lease(lease_id=reply.lease_id, rollout=reply.rollout)
 
+    def await_one(self, *, holds: Sequence[str] = ()) -> Lease | None:
+        """Like take(); None, after WAIT_S, also when the server cannot be asked, which is logged."""
+        try:
+            return self.take(holds=holds, wait_s=WAIT_S)
+        except PolicyError as error:
+            log.warning("no work: %s", error)
+            time.sleep(WAIT_S)
+            return None
+
     def rollouts(self, tasks: Sequence[Task]) -> Iterator[Rollout]:
         """Work of these tasks, one after another as it is asked for; waits for it as long as need be."""
         by_name = {task.name: task for task in tasks}
         while True:
-            try:
-                lease = self.take(wait_s=WAIT_S)
-            except PolicyError as error:
-                log.warning("no work: %s", error)
-                time.sleep(WAIT_S)
-                continue
-            if lease is not None:
+            if (lease := self.await_one()) is not None:
                 yield lease.rollout_of(replace(by_name[lease.rollout.task], initial_state=lease.rollout.initial_state))
 
     def settle(self, result: EpisodeResult) -> None:

@@ -114,10 +114,6 @@ class Together(Observer):
             stopped=self._stopped,
         )
 
-    def stopped(self) -> str:
-        """Why nothing may move now; empty when it may."""
-        return self.wish().stopped
-
     def on_start(self, rollout: Rollout, episode_id: str) -> None:
         """A stop stays; the gripper counts as open until the first tick says how it is."""
         self.wish()

@@ -156,7 +156,7 @@ class RealArm:
 
     def report(self) -> str:
         """How well the servo kept its rate since the last reset, and what became of each camera's frames."""
-        lines = [f"servo: {self._servo.cadence()}"]
+        lines = [f"servo: {self.cadence()}"]
         lines += [f"camera {name}: {camera.report()}" for name, camera in self._cameras.items()]
         return "\n".join(lines)
 

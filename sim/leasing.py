@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
 from robot_client.errors import PolicyError
-from robot_client.leases import WAIT_S, Lease, Leases, worker_name
+from robot_client.leases import Lease, Leases, worker_name
 from robot_client.rollout import Rollout
 from sim import assets
 from sim.evaluate import WORKER_ENVIRONMENT
@@ -102,7 +101,7 @@ def _man_post(
     next(jobs)
     while True:
         progress("step")
-        lease = _take(leases, scenes)
+        lease = leases.await_one(holds=scenes.held)
         if lease is None:
             continue
         try:
@@ -114,15 +113,6 @@ def _man_post(
             _run_leases(config, client, leases, scenes, lease, progress)
             scenes.require_budget()
     yield
-
-
-def _take(leases: Leases, scenes: Scenes) -> Lease | None:
-    try:
-        return leases.take(holds=scenes.held, wait_s=WAIT_S)
-    except PolicyError as error:
-        logger.warning("no work: %s", error)
-        time.sleep(WAIT_S)
-        return None
 
 
 def _run_leases(

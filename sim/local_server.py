@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from protos.channel import free_port
 from robot_client.client import PolicyClient
 from robot_client.errors import PolicyError
 
@@ -26,9 +26,7 @@ def served(
     if server:
         yield server
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     print("starting a policy server ...", flush=True)
     command = [sys.executable, "-m", "policy_server", "serve", "--model", model, "--port", str(port)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import socket
 import subprocess
 import tempfile
 import threading
@@ -28,6 +27,7 @@ import numpy as np
 from benchmarks.faults.client import ClientProcess
 from benchmarks.panda import Panda
 from protos import policy_pb2
+from protos.channel import free_port
 from protos.codec import decode_tensor, encode_tensor
 from robot_client.cameras.uvc import UvcSource
 from robot_client.profile import read_profile
@@ -155,9 +155,7 @@ class PolicyProcess:
     """A scripted policy behind a real socket; once killed it can be started again at the same address."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port: int = probe.getsockname()[1]
+        self._port = free_port()
         self.start()
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,26 @@ def client(server: Running, request: pytest.FixtureRequest) -> Iterator[PolicyCl
 
 def rollout_of(max_ticks: int = 12, name: str = "task", **options) -> Rollout:
     return Rollout(task=Task(name=name, instruction="pick up the bowl", max_ticks=max_ticks), **options)
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Installs a package with these entry points, as far as Python's own machinery can tell."""
+
+    def install(entry_points: str) -> None:
+        package = tmp_path / "site" / "someones_things-1.dist-info"
+        package.mkdir(parents=True)
+        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-things\nVersion: 1\n")
+        (package / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(str(package.parent))
+
+    return install
+
+
+class HandClock:
+    """Stands in for the module `time` where only monotonic() is asked; turned by hand."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s

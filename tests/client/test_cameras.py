@@ -493,19 +493,15 @@ def test_a_file_that_is_no_video_is_refused(tmp_path):
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(offer):
     """A package that offers cameras, as far as Python's own machinery can tell."""
-    package = tmp_path / "site" / "someones_cameras-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-cameras\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(
+    offer(
         f"[{cameras.GROUP}]\n"
         "fake = tests.client.fake_camera:FakeSource\n"
         "pictures = robot_client.cameras.replay:ReplaySource\n"
         "absent = tests.client.no_such_module:Source\n"
         "bare = tests.client.fake_camera:SourceWithoutItsSdk\n"
     )
-    monkeypatch.syspath_prepend(str(package.parent))
 
 
 def test_our_makes_are_found_by_name():

@@ -76,12 +76,9 @@ def build_arm(config: RealArmConfig) -> RealArm:
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path, monkeypatch):
+def installed(offer, monkeypatch):
     """A package that offers an arm and cameras, as far as Python's own machinery can tell."""
-    package = tmp_path / "site" / "someones_robots-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-robots\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(
+    offer(
         "[vla_rl.arms]\n"
         "fake = tests.client.test_doctor:build_arm\n"
         "bare = tests.client.no_such_module:build_arm\n"
@@ -89,7 +86,6 @@ def installed(tmp_path, monkeypatch):
         "planted = tests.client.test_doctor:Source\n"
         "bare = tests.client.fake_camera:SourceWithoutItsSdk\n"
     )
-    monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.setattr(doctor_module, "WATCH_S", 0.5)
     monkeypatch.setattr(doctor_module, "CALLS", 5)
 

@@ -23,7 +23,7 @@ from robot_client.pilots import keyboard
 from robot_client.pilots.keyboard import MOVE_S, Keyboard
 from robot_client.terminal import Terminal
 from tests.client.camera_laws import eventually
-from tests.client.conftest import rollout_of
+from tests.client.conftest import HandClock, rollout_of
 from tests.client.fake_arm import FakeArm, spec_of
 
 X, Y, Z, ROLL, PITCH, YAW = np.eye(6)
@@ -83,16 +83,9 @@ def terminal(line):
     terminal.close()
 
 
-class Clock:
-    now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch) -> HandClock:
+    clock = HandClock()
     monkeypatch.setattr(keyboard, "time", clock)
     return clock
 

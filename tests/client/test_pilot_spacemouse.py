@@ -19,6 +19,7 @@ from robot_client.pilot import LINGER_S, Together
 from robot_client.pilots import spacemouse
 from robot_client.pilots.spacemouse import DEAD_ZONE, FULL_COUNTS, SILENCE_S, SpaceMouse
 from tests.client.camera_laws import eventually
+from tests.client.conftest import HandClock
 from tests.client.fake_arm import spec_of
 
 MOUSE = {"vendor_id": 0x046D, "product_id": 0xC077, "usage": 2, "path": b"/dev/hidraw0"}
@@ -74,16 +75,9 @@ class FakeHid:
         self.closed += 1
 
 
-class Clock:
-    now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch) -> HandClock:
+    clock = HandClock()
     monkeypatch.setattr(spacemouse, "time", clock)
     return clock
 

@@ -211,19 +211,15 @@ def test_what_was_pressed_before_an_episode_is_not_about_it_but_a_stop_stays(cli
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(offer):
     """A package that offers devices, as far as Python's own machinery can tell."""
-    package = tmp_path / "site" / "someones_pilots-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-pilots\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(
+    offer(
         f"[{pilots.PILOTS.group}]\n"
         "fake = tests.client.test_pilots:FakeDevice\n"
         "stop = robot_client.pilots.serial_stop:SerialStop\n"
         "absent = tests.client.no_such_module:Device\n"
         "bare = tests.client.test_pilots:DeviceWithoutItsSdk\n"
     )
-    monkeypatch.syspath_prepend(str(package.parent))
     opened.clear()
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from protos import episode_pb2
+from protos.channel import free_port
 from protos.codec import encode_tensor
 from protos.image import decode_jpeg, encode_jpeg
 from robot_client import view
@@ -34,6 +35,7 @@ from robot_client.view import CannotView, View
 from tests.client.conftest import rollout_of
 from tests.client.fake_arm import FakeArm
 from tests.client.scripted_policy import Running, ScriptedPolicy, action_of_tokens, tokens_of
+from tests.server.running import eventually
 
 chunk = pytest.importorskip("rerun.chunk", reason="needs the extra `view`: pip install 'vla-rl[view]'")
 
@@ -296,7 +298,7 @@ def test_a_viewer_that_listens_elsewhere_is_shown_the_same(server, policy, tmp_p
     port, saved = free_port(), tmp_path / "elsewhere.rrd"
     command = ["--serve-grpc", "--bind", "127.0.0.1", "--port", str(port), "--save", str(saved)]
     elsewhere = subprocess.Popen([sys.executable, "-m", "rerun_cli", *command], start_new_session=True)
-    wait_until(lambda: connects(port))
+    eventually(lambda: connects(port), within_s=60)
     with PolicyClient(server.address) as client:
         drive(client, View(f"rerun+http://127.0.0.1:{port}/proxy", client.spec(), KinematicArm().spec))
     os.killpg(elsewhere.pid, signal.SIGINT)
@@ -332,7 +334,7 @@ def test_a_viewer_that_stalls_loses_the_rest_of_that_episode_and_shows_the_next_
         os.kill(process_of_view().pid, signal.SIGCONT)
         assert viewer.longest_call_s < STALL_S
         assert caplog.text.count("the viewer does not keep up") == 1
-        wait_until(viewer._waiting.empty)
+        eventually(viewer._waiting.empty, within_s=60)
         assert drive(client, viewer, ticks=8) == 8
     lost, whole = (Recording(tmp_path / f"episode-{n}.rrd") for n in range(2))
     assert 0 < len(lost.at_each_tick("/action/executed", "Scalars:scalars")) < 400
@@ -397,18 +399,6 @@ def psnr_db(got: np.ndarray, expected: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error)) if error else np.inf
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def connects(port: int) -> bool:
     with socket.socket() as attempt:
         return attempt.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
-    until_s = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.05)

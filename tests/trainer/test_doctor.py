@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
+from protos.channel import free_port
 from rl_trainer import doctor as doctor_module
 from rl_trainer.doctor import (
     DoctorConfig,
@@ -27,7 +28,6 @@ from rl_trainer.doctor import (
     doctor,
     episode_bytes,
 )
-from rl_trainer.launch import free_port
 from tests.server.running import RunningServer, serving
 
 WEIGHTS = "model.safetensors"
