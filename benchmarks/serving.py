@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,9 +92,9 @@ def main(config: BenchmarkConfig) -> None:
     ):
         for number in config.robots:
             contenders: dict[str, Callable[[Tally], None]] = {
-                "batched": lambda tally, n=number: drive(robots, batching, n, config.slice_s, tally),
+                "batched": lambda tally, n=number: drive(robots, batching, [0] * n, config.slice_s, tally),
                 "bare at that batch": lambda tally, n=number: decode(bare, n, config, tally),
-                "max-batch 1": lambda tally, n=number: drive(robots, single, n, config.slice_s, tally),
+                "max-batch 1": lambda tally, n=number: drive(robots, single, [0] * n, config.slice_s, tally),
                 "bare at batch 1": lambda tally: decode(bare, 1, config, tally),
             }
             tallies = {name: Tally() for name in contenders}
@@ -134,9 +134,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(config: BenchmarkConfig, *, max_batch: int) -> Iterator[Server]:
+def server(config: BenchmarkConfig, *, max_batch: int, more: Sequence[str] = ()) -> Iterator[Server]:
+    """more: flags of `python -m policy_server serve`."""
     line = [sys.executable, "-m", "policy_server", "serve", "--model", config.model, "--port", "0"]
-    line += ["--max-batch", str(max_batch), "--threads", str(config.threads), "--queue", "64"]
+    line += ["--max-batch", str(max_batch), "--threads", str(config.threads), "--queue", "64", *more]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -164,9 +165,10 @@ def child(loop: Callable, *args: object) -> Iterator[Connection]:
         process.join()
 
 
-def drive(robots: Connection, target: Server, number: int, slice_s: float, tally: Tally) -> None:
+def drive(robots: Connection, target: Server, versions: Sequence[int], slice_s: float, tally: Tally) -> None:
+    """A robot for each of the versions."""
     server_before_s = cpu_s(target.pid)
-    robots.send((target.address, number, slice_s))
+    robots.send((target.address, versions, slice_s))
     latencies_s, batches, wall_s, robots_cpu_s = robots.recv()
     tally.decisions += len(latencies_s)
     tally.wall_s += wall_s
@@ -191,9 +193,9 @@ def cpu_s(pid: int) -> float:
 
 def bare_loop(commands: Connection, model: str, threads: int) -> None:
     """decode() and nothing else."""
-    from policy_server.__main__ import load
     from policy_server.batcher import DecodeRequest
     from policy_server.config import ServeConfig
+    from policy_server.loading import load
     from policy_server.observation import read_observation
 
     policy = load(ServeConfig(model=model, threads=threads))
@@ -207,7 +209,7 @@ def bare_loop(commands: Connection, model: str, threads: int) -> None:
             batch, slice_s = commands.recv()
             began_s, passes = time.perf_counter(), 0
             while time.perf_counter() < began_s + slice_s:
-                policy.decode(requests[:batch])
+                policy.decode(requests[:batch], [policy.first] * batch)
                 passes += 1
             commands.send((passes * batch, time.perf_counter() - began_s))
 
@@ -216,12 +218,14 @@ def robots_loop(commands: Connection) -> None:
     """Robots that do nothing but ask."""
     with contextlib.suppress(EOFError):
         while True:
-            address, number, slice_s = commands.recv()
-            commands.send(asyncio.run(ask_together(address, number, slice_s)))
+            address, versions, slice_s = commands.recv()
+            commands.send(asyncio.run(ask_together(address, versions, slice_s)))
 
 
-async def ask_together(address: str, number: int, slice_s: float) -> tuple[list[float], list[int], float, float]:
-    """Latencies, batch sizes, wall time and CPU time of `number` robots that ask for slice_s."""
+async def ask_together(
+    address: str, versions: Sequence[int], slice_s: float
+) -> tuple[list[float], list[int], float, float]:
+    """Latencies, batch sizes, wall time and CPU time of robots of these versions that ask for slice_s."""
     latencies_s: list[float] = []
     batches: list[int] = []
 
@@ -236,9 +240,9 @@ async def ask_together(address: str, number: int, slice_s: float) -> tuple[list[
 
     async with contextlib.AsyncExitStack() as stack:
         robots = []
-        for index in range(number):
+        for index, version in enumerate(versions):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=OPTIONS))
-            robots.append(await begin(policy_pb2_grpc.PolicyStub(channel), index))
+            robots.append(await begin(policy_pb2_grpc.PolicyStub(channel), index, version))
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         await asyncio.gather(*(ask(stream, request, began_s + slice_s) for _, stream, request in robots))
         wall_s, robots_cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
@@ -250,10 +254,10 @@ async def ask_together(address: str, number: int, slice_s: float) -> tuple[list[
     return latencies_s, batches, wall_s, robots_cpu_s
 
 
-async def begin(policy: policy_pb2_grpc.PolicyStub, index: int):
+async def begin(policy: policy_pb2_grpc.PolicyStub, index: int, version: int):
     """An open episode: the stub, its stream, and the request of its first decision."""
     spec = await policy.GetSpec(policy_pb2.GetSpecRequest())
-    start = policy_pb2.StartEpisodeRequest(purpose=episode_pb2.PURPOSE_EVALUATE, temperature=1.0)
+    start = policy_pb2.StartEpisodeRequest(purpose=episode_pb2.PURPOSE_EVALUATE, temperature=1.0, version=version)
     episode_id = (await policy.StartEpisode(start)).episode_id
     request = policy_pb2.ActRequest(episode_id=episode_id, observation=observation(spec, index))
     return policy, policy.ActStream(), request

@@ -203,7 +203,7 @@ class Plain(Side):
         """Embeddings (B, L, D) of prompt and actions, padded on the right; their mask; tokens of each prompt (B,)."""
         if self.features is None:
             with torch.no_grad():
-                context = list(self.vla.context(collate(observations).to(self.device)))
+                context = list(self.vla.context(collate(observations).to(self.vla.device)))
         else:
             context = [self.features[row].to(self.device) for row in rows]
         embed = self.llama.get_input_embeddings()
@@ -230,7 +230,19 @@ def build(config: Config) -> VLA:
 
 
 def llama_like(vla: VLA, config: Config) -> Llama:
-    """A LlamaForCausalLM that computes what the VLA's decoder does; with LoRA both hold the same frozen weights."""
+    """A LlamaForCausalLM that is trained as the VLA's decoder is; with LoRA both hold the same frozen weights."""
+    llama = library_llama(vla, share=config.weights == "lora")
+    if config.recompute:
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+    llama.train()
+    if config.weights == "full":
+        return llama
+    adapter = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=TARGETS)
+    return peft.get_peft_model(llama, adapter)
+
+
+def library_llama(vla: VLA, *, share: bool) -> LlamaForCausalLM:
+    """A LlamaForCausalLM that computes what the VLA's decoder does, over its very tensors or over copies."""
     ours = vla.config.llm
     theirs = LlamaConfig(
         hidden_size=ours.hidden_size,
@@ -242,17 +254,11 @@ def llama_like(vla: VLA, config: Config) -> Llama:
         max_position_embeddings=ours.max_position_embeddings,
         tie_word_embeddings=False,
     )
-    with torch.device(config.device):
+    with torch.device(vla.device):
         llama = LlamaForCausalLM(theirs)
     nn.Module.to(llama, vla.action_head.dtype)
-    llama.load_state_dict(vla.language_model.state_dict(), assign=config.weights == "lora")
-    if config.recompute:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
-    llama.train()
-    if config.weights == "full":
-        return llama
-    adapter = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=TARGETS)
-    return peft.get_peft_model(llama, adapter)
+    llama.load_state_dict(vla.language_model.state_dict(), assign=share)
+    return llama
 
 
 def episodes(config: VLAConfig, decisions: int) -> list[Trajectory]:
@@ -306,7 +312,7 @@ def features(vla: VLA, batch: Sequence[Trajectory], config: Config) -> list[torc
     observations = [observation for trajectory in batch for observation in trajectory.observations]
     found: list[torch.Tensor] = []
     for start in range(0, len(observations), config.microbatch):
-        found += vla.context(collate(observations[start : start + config.microbatch]).to(config.device)).cpu()
+        found += vla.context(collate(observations[start : start + config.microbatch]).to(vla.device)).cpu()
     return found
 
 

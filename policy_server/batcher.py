@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,16 +81,28 @@ class Ticket:
 class Batcher:
     """Thread-safe.  `capacity` bounds the tickets that are being prepared or queued.
 
-    expected() gives how many episodes may have a request for the next batch.
+    expected() gives how many episodes may have a request for the next batch, together(versions) whether they can share
+    a pass of the model.  lanes: how many passes run beside each other.
     """
 
-    def __init__(self, *, max_batch: int, max_wait_ms: float, capacity: int, expected: Callable[[], int]):
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_wait_ms: float,
+        capacity: int,
+        expected: Callable[[], int],
+        together: Callable[[Collection[int]], bool],
+        lanes: int = 1,
+    ):
         self._max_batch = max_batch
         self._max_wait_s = max_wait_ms / 1e3
         self._capacity = capacity
         self._expected = expected
+        self._together = together
+        self._lanes = lanes
         self._queue: list[Ticket] = []
-        self._preparing = 0
+        self._preparing = self._decoding = 0
         self._batch_s = 0.0
         self._stopped = False
         self._changed = threading.Condition()
@@ -121,7 +133,7 @@ class Batcher:
             ticket.request, ticket.submitted_s, ticket.state = request, time.monotonic(), "queued"
             self._preparing -= 1
             self._queue.append(ticket)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def withdraw(self, ticket: Ticket, why: Refused) -> bool:
         """Takes a ticket out before the model sees it and refuses it; False when that is too late."""
@@ -137,7 +149,7 @@ class Batcher:
         return True
 
     def next_batch(self) -> list[Ticket]:
-        """Up to max_batch queued tickets of one version, oldest first; blocks for the first; empty after stop()."""
+        """Up to max_batch queued tickets for one pass, oldest first; blocks for the first; empty after stop()."""
         with self._changed:
             while not self._ready():
                 self._changed.wait(self._patience_s() if self._queue else None)
@@ -145,13 +157,14 @@ class Batcher:
             for ticket in batch:
                 ticket.state = "decoding"
                 self._queue.remove(ticket)
+            self._decoding += len(batch)
             return batch
 
     def resolve(self, batch: list[Ticket], answers: list[DecodeAnswer], *, started_s: float) -> None:
         """Hands out the answers of one pass that began at started_s (time.monotonic)."""
         self._batch_s = time.monotonic() - started_s
+        self._left(batch)
         for ticket, answer in zip(batch, answers, strict=True):
-            ticket.state = "left"
             queue_ms = 1e3 * (started_s - ticket.submitted_s)
             ticket.answer.set_result(
                 Answered(answer=answer, version=ticket.request.version, queue_ms=queue_ms, batch_size=len(batch))
@@ -159,20 +172,38 @@ class Batcher:
 
     def fail(self, batch: list[Ticket], why: Refused) -> None:
         """Refuses every ticket of a pass that failed."""
+        self._left(batch)
         for ticket in batch:
-            ticket.state = "left"
             ticket.answer.set_exception(why)
 
     def stop(self) -> None:
         """No more batches once the queue is empty."""
         with self._changed:
             self._stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def _left(self, batch: list[Ticket]) -> None:
+        with self._changed:
+            self._decoding -= len(batch)
+            for ticket in batch:
+                ticket.state = "left"
 
     def _matching(self) -> list[Ticket]:
-        """The tickets that could go with the oldest one: a pass of the model uses one version."""
-        version = self._queue[0].request.version if self._queue else None
-        return [ticket for ticket in self._queue if ticket.request.version == version][: self._max_batch]
+        """The oldest ticket and those that can share its pass; each lane gets its part."""
+        batch: list[Ticket] = []
+        versions: set[int] = set()
+        for ticket in self._queue:
+            version = ticket.request.version
+            if version in versions or not versions or self._together(versions | {version}):
+                versions.add(version)
+                batch.append(ticket)
+        return batch[: self._share]
+
+    @property
+    def _share(self) -> int:
+        """Most requests of the next pass."""
+        asking = max(self._expected(), self._decoding + len(self._queue))
+        return min(self._max_batch, -(-asking // self._lanes))
 
     def _ready(self) -> bool:
         # A batch goes when it is full, when its oldest request has waited long enough, or when everyone who could
@@ -180,8 +211,8 @@ class Batcher:
         # One robot alone therefore never waits, and eight in step share one pass.
         if not self._queue:
             return self._stopped
-        everyone = len(self._queue) >= self._expected()
-        return everyone or self._stopped or len(self._matching()) >= self._max_batch or self._patience_s() <= 0
+        everyone = self._decoding + len(self._queue) >= self._expected()
+        return everyone or self._stopped or self._patience_s() <= 0 or len(self._matching()) >= self._share
 
     def _patience_s(self) -> float:
         """How much longer the oldest request may wait."""

@@ -1,7 +1,7 @@
 """Numbered weights.  Numbers are never reused; an episode is pinned to one, and one pass of the model uses one.
 
-The first version, the live one, those of open episodes and a few used lately are held; another is built again from disk
-when it is asked for.
+The first version, the live one, those of open episodes and some used lately are held: few that are whole models, more
+that are adapters.  Another is built again from disk when it is asked for.
 """
 
 from __future__ import annotations
@@ -19,31 +19,35 @@ from policy_server.version_store import FIRST_VERSION, Incoming, Kind, Version, 
 log = logging.getLogger(__name__)
 
 RECENT = 2
-"""How many versions are held though neither live nor of an open episode."""
+"""How many whole models are held though neither live nor of an open episode."""
+DEFAULT_ADAPTER_SLOTS = 16
 
-Model = TypeVar("Model")
-Build = Callable[[Path, Kind], tuple[Model, str]]
-"""A model of the weights in a folder, and the fingerprint of its tensors on the device.  Raises BadRequest."""
+Weights = TypeVar("Weights")
+Build = Callable[[Path, Kind], tuple[Weights, str]]
+"""The weights in a folder as the model wants them, and the fingerprint of their tensors.  Raises BadRequest."""
 
 
-class Versions(Generic[Model]):
-    """The models that can be named, by version.  `live` is the one new episodes get.
+class Versions(Generic[Weights]):
+    """The weights that can be named, by version.  `live` is the one new episodes get.
 
-    Thread-safe.  Whatever may build a model blocks for as long as that takes: it has no place on the event loop.
+    Thread-safe.  Whatever may build weights blocks for as long as that takes: it has no place on the event loop.
     Without a store and a way to build there is one version, and there will be no other.
-    pinned() gives the versions of the open episodes.
+    pinned() gives the versions of the open episodes.  adapter_slots: how many adapters are held, least recently used
+    going first, though neither live nor of an open episode.
     """
 
     def __init__(
         self,
-        first: Model,
+        first: Weights,
         *,
         store: VersionStore | None = None,
-        build: Build[Model] | None = None,
+        build: Build[Weights] | None = None,
         pinned: Callable[[], Collection[int]] = lambda: (),
+        adapter_slots: int = DEFAULT_ADAPTER_SLOTS,
     ):
         self._store, self._build, self._pinned = store, build, pinned
-        self._held: OrderedDict[int, Model] = OrderedDict({FIRST_VERSION: first})
+        self._held: OrderedDict[int, Weights] = OrderedDict({FIRST_VERSION: first})
+        self._spare: dict[Kind, int] = {"full": RECENT, "lora": adapter_slots}
         self._building = threading.RLock()
         self._changing = threading.Lock()
 
@@ -56,7 +60,7 @@ class Versions(Generic[Model]):
         return [one.version for one in self._store.versions] if self._store is not None else [FIRST_VERSION]
 
     def holds(self, version: int) -> bool:
-        """Whether model() would not have to build it."""
+        """Whether weights() would not have to build it."""
         return version in self._held
 
     def check(self, version: int, *, field: str = "version") -> int:
@@ -65,7 +69,7 @@ class Versions(Generic[Model]):
             return version
         raise UnknownVersion(f"there is no version {version}; there are {_shortened(self.known)}", field=field)
 
-    def model(self, version: int) -> Model:
+    def weights(self, version: int) -> Weights:
         """Built first where it is not held.  Raises UnknownVersion, and InternalFault when its folder is damaged."""
         with self._changing:
             if version in self._held:
@@ -75,14 +79,14 @@ class Versions(Generic[Model]):
         with self._building:
             if self.holds(version):  # somebody else has built it meanwhile
                 return self._held[version]
-            model = self._rebuilt(version)
-            self._hold(version, model)
-        return model
+            weights = self._rebuilt(version)
+            self._hold(version, weights)
+        return weights
 
     def open(self) -> None:
         """Builds the live version.  Raises CannotStart."""
         try:
-            self.model(self.live)
+            self.weights(self.live)
         except InternalFault as error:
             raise CannotStart(f"the live version cannot be served: {error}") from error
 
@@ -90,9 +94,9 @@ class Versions(Generic[Model]):
         """A new version of weights that have arrived.  Raises BadRequest and OSError, and then has changed nothing."""
         assert self._store is not None and self._build is not None
         with self._building:
-            model, fingerprint = self._build(incoming.folder, incoming.kind)
+            weights, fingerprint = self._build(incoming.folder, incoming.kind)
             version = self._store.commit(incoming, parent=parent, note=note, device_fingerprint=fingerprint)
-            self._hold(version.version, model)
+            self._hold(version.version, weights)
             if set_live:
                 self.set_live(version.version)
         return version
@@ -100,34 +104,39 @@ class Versions(Generic[Model]):
     def set_live(self, version: int) -> int:
         """Makes a version live and gives the one before.  Raises UnknownVersion, InternalFault, OSError."""
         with self._building:
-            self.model(version)
+            self.weights(version)
             previous = self._store.set_live(version) if self._store is not None else FIRST_VERSION
             self._trim()
         return previous
 
-    def _rebuilt(self, version: int) -> Model:
+    def _rebuilt(self, version: int) -> Weights:
         assert self._store is not None and self._build is not None
         record = self._store.find(version)
         assert record is not None
         try:
-            model, fingerprint = self._build(self._store.path(version), record.kind)
+            weights, fingerprint = self._build(self._store.path(version), record.kind)
         except BadRequest as error:
             raise InternalFault(f"version {version} cannot be built from disk: {error}") from error
         if fingerprint != record.device_fingerprint:
             raise InternalFault(f"version {version} on disk is not what was published: its fingerprint differs")
-        return model
+        return weights
 
-    def _hold(self, version: int, model: Model) -> None:
+    def _hold(self, version: int, weights: Weights) -> None:
         with self._changing:
-            self._held[version] = model
+            self._held[version] = weights
         self._trim()
 
     def _trim(self) -> None:
         needed = {FIRST_VERSION, self.live, *self._pinned()}
         with self._changing:
-            spare = [version for version in self._held if version not in needed]  # longest unused first
-            for version in spare[: max(0, len(spare) - RECENT)]:
-                del self._held[version]
+            for kind, slots in self._spare.items():
+                spare = [v for v in self._held if v not in needed and self._kind(v) == kind]  # longest unused first
+                for version in spare[: max(0, len(spare) - slots)]:
+                    del self._held[version]
+
+    def _kind(self, version: int) -> Kind | None:
+        record = self._store.find(version) if self._store is not None else None
+        return record and record.kind
 
 
 def _shortened(versions: Sequence[int]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +13,24 @@ import numpy as np
 from policy_server.batcher import DecodeAnswer, DecodeRequest
 from policy_server.errors import BadRequest
 from policy_server.observation import Observed
+from policy_server.preparer import Preparer
 from policy_server.version_store import Kind
+from policy_server.vla.adapters import Adapter, Adapters
 from policy_server.vla.checkpoint import CheckpointError, weights_fingerprint
-from policy_server.vla.decoding import DecodeInput
-from policy_server.vla.derived import beside_decoding, with_adapter, with_tensors
+from policy_server.vla.derived import beside_decoding, with_tensors
+from policy_server.vla.graphs import PassGraphs
+from policy_server.vla.model import VLA
+from policy_server.vla.passes import DecodeInput, PassShape
 from policy_server.vla.policy import Policy
-from policy_server.vla.preprocessing import RESIZE_FILTER, BadInput, Prepared
+from policy_server.vla.preprocessing import RESIZE_FILTER, Prepared
+from policy_server.vla.scoring import score
 from protos import policy_pb2
 from protos.codec import encode_tensor
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_NAMES_BYTES = 2**20
+GRAPH_PROMPT_TOKENS = 64
+"""Longer prompts are decoded without captured passes."""
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 """OpenVLA's seven; an action of another length is numbered."""
 STATE_UNITS = {"eef_x": "m", "eef_y": "m", "eef_z": "m", "eef_ax": "rad", "eef_ay": "rad", "eef_az": "rad"}
@@ -27,42 +38,58 @@ STATE_UNITS |= {"finger_left": "m", "finger_right": "m"}
 DIMENSIONLESS = "1"
 
 
-class VlaModel:
-    """A loaded policy.  `name` is what GetSpec calls it; warm_up() runs passes of 1 and of max_batch requests.
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a version computes with: a model of its own, or an adapter of the base."""
 
-    base: what published weights are over, where that is not the policy itself.
+    vla: VLA
+    adapter: Adapter | None = None
+
+    @property
+    def layout(self) -> str:
+        """What adapters of one pass must have in common; "" without one."""
+        return self.adapter.layout.name if self.adapter is not None else ""
+
+
+class VlaModel:
+    """A loaded policy, the base of all weights.  `name` is what GetSpec calls it.
+
+    adapter: of the weights it begins with.  warm_up() runs passes of 1 and of max_batch requests.
+    Raises CheckpointError.
     """
 
-    def __init__(self, policy: Policy, *, name: str, max_batch: int, base: Policy | None = None):
+    lanes = 1
+
+    def __init__(self, policy: Policy, *, name: str, max_batch: int, adapter: Path | None = None):
         self._policy = policy
-        self._base = base or policy
-        self._name = name
         self._max_batch = max_batch
+        self._adapters = Adapters(policy.model)
+        self._passing = threading.Lock()
+        self._graphs: MutableMapping[VLA, PassGraphs] = weakref.WeakKeyDictionary()
+        self.first = Weights(vla=policy.model, adapter=adapter and self._adapters.load(adapter))
         self.spec = _spec(policy, name)
+        self.prepare = Preparer(preprocessor=policy.preprocessor, camera=policy.config.camera)
 
-    def prepare(self, observed: Observed) -> Prepared:
-        """Raises BadRequest."""
-        pixels_HW3 = observed.images[self._policy.config.camera]
-        try:
-            return self._policy.prepare(pixels_HW3, observed.instruction, observed.state_S)
-        except BadInput as error:
-            field = f"images[{self._policy.config.camera}]" if error.field == "image" else error.field
-            message = str(error).removeprefix(f"{error.field}: ")
-            raise BadRequest(message, field=f"observation.{field}") from error
+    def together(self, weights: Sequence[Weights]) -> bool:
+        return len({one.vla for one in weights}) == 1 and len({one.layout for one in weights} - {""}) <= 1
 
-    def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
-        decoded = self._policy.decode(
-            [
-                DecodeInput(
-                    prepared=request.prepared,
-                    temperature=request.temperature,
-                    noise_correlation=request.noise_correlation,
-                    seed=request.seed,
-                    decision=request.decision,
-                )
-                for request in requests
-            ]
-        )
+    def decode(
+        self, requests: Sequence[DecodeRequest], weights: Sequence[Weights], lane: int = 0
+    ) -> list[DecodeAnswer]:
+        inputs = [
+            DecodeInput(
+                prepared=request.prepared,
+                temperature=request.temperature,
+                noise_correlation=request.noise_correlation,
+                seed=request.seed,
+                decision=request.decision,
+                adapter=own.adapter,
+            )
+            for request, own in zip(requests, weights, strict=True)
+        ]
+        vla = weights[0].vla
+        with self._passing:
+            decoded = self._policy.decode(inputs, model=vla, graphs=self._graphs.get(vla))
         actions_BKA = self._policy.actions(decoded.token_ids_BN)
         return [
             DecodeAnswer(
@@ -78,39 +105,67 @@ class VlaModel:
             )
         ]
 
-    def score(self, prepared: list[Prepared], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
-        return self._policy.score(prepared, token_ids_BN, temperature)
+    def score(
+        self, prepared: Sequence[Prepared], token_ids_BN: np.ndarray, temperature: float, weights: Weights
+    ) -> np.ndarray:
+        with self._passing:
+            return score(weights.vla, prepared, token_ids_BN, temperature, adapter=weights.adapter)
 
-    @property
-    def device_fingerprint(self) -> str:
-        with beside_decoding(self._policy.model.device):
-            return weights_fingerprint(self._policy.model)
+    def fingerprint(self, weights: Weights) -> str:
+        with beside_decoding(weights.vla.device):
+            return weights.adapter.fingerprint if weights.adapter is not None else weights_fingerprint(weights.vla)
 
     @property
     def max_weights_bytes(self) -> int:
         """The whole model in float32, and some room for the names."""
         return 4 * sum(p.numel() for p in self._policy.model.parameters()) + MAX_NAMES_BYTES
 
-    def derive(self, folder: Path, kind: Kind) -> VlaModel:
-        make = with_adapter if kind == "lora" else with_tensors
+    def build(self, folder: Path, kind: Kind) -> Weights:
+        base = self._policy.model
         try:
-            model = make(self._base.model, folder)
+            if kind == "lora":
+                weights = Weights(vla=base, adapter=self._adapters.load(folder))
+            else:
+                weights = Weights(vla=with_tensors(base, folder))
         except CheckpointError as error:
             raise BadRequest(str(error).removeprefix(f"{folder}: "), field="data") from error
-        with beside_decoding(model.device):
-            policy = self._base.with_model(model)
-        return VlaModel(policy, name=self._name, max_batch=self._max_batch, base=self._base)
+        self._capture(weights)
+        return weights
 
     def warm_up(self) -> None:
+        self._capture(self.first)
+        request = self._example()
+        for batch in (1, self._max_batch):
+            self.decode([request] * batch, [self.first] * batch)
+
+    def _capture(self, weights: Weights) -> None:
+        """On CUDA, the passes with these weights."""
+        vla = weights.vla
+        if vla.device.type != "cuda":
+            return
+        if vla not in self._graphs:
+            example = DecodeInput(prepared=self._example().prepared, temperature=1.0)
+            deterministic = self._policy.shape is not None
+            self._graphs[vla] = PassGraphs(vla, self._shapes(), example, row_by_row=deterministic)
+        if weights.adapter is not None:
+            self._graphs[vla].admit(weights.adapter)
+
+    def _shapes(self) -> list[PassShape]:
+        """Of the captured passes: powers of two, and the largest batch."""
+        if self._policy.shape is not None:
+            return [self._policy.shape]
+        sizes = [size for size in (1 << n for n in range(16)) if size < self._max_batch]
+        length = min(GRAPH_PROMPT_TOKENS, self._policy.max_prompt_tokens)
+        return [PassShape(batch=size, prompt_length=length) for size in (*sizes, self._max_batch)]
+
+    def _example(self) -> DecodeRequest:
         side = self._policy.config.sent_size
         observed = Observed(
             images={self._policy.config.camera: np.zeros((side, side, 3), np.uint8)},
             state_S=np.zeros(self._policy.config.state_dim, np.float32),
             instruction="warm up",
         )
-        request = DecodeRequest(prepared=self.prepare(observed), version=0, temperature=1.0, seed=0, decision=0)
-        for batch in (1, self._max_batch):
-            self.decode([request] * batch)
+        return DecodeRequest(prepared=self.prepare(observed), version=0, temperature=1.0, seed=0, decision=0)
 
 
 def _spec(policy: Policy, name: str) -> policy_pb2.PolicySpec:

@@ -147,7 +147,7 @@ def _fill(model: VLA, folder: Path, *, dtype: torch.dtype | None, device: torch.
         raise CheckpointError(f"{folder}: tensor {missing[0]} is missing{more}")
     model.load_state_dict(tensors, assign=True)
     model.to(device)
-    return _fingerprint(digests)
+    return fingerprint_of(digests)
 
 
 def fault(tensor: torch.Tensor, shape: Sequence[int]) -> str | None:
@@ -256,30 +256,38 @@ def preprocessor_config(config: VLAConfig) -> dict[str, Any]:
     }
 
 
-def effective_tensors(model: VLA, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the model computes with, under the published names and with adapters merged in, one tensor at a time.
+def held_tensors(model: VLA, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the model computes with: the base under the published names, and the factors of adapters, one at a time.
 
+    A factor B has the scale in it; an adapter that changes nothing, its B being zero, is left out.
     With a dtype: as a server holds it that computes in it.
     """
-    merged = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, tensor in model.state_dict().items():
-        if name in merged:
-            yield name, merged[name].merged_weight(dtype)
-        elif not name.endswith((".lora_A", ".lora_B")):
+        if not name.endswith((".lora_A", ".lora_B")):
             yield name, tensor.to(dtype or tensor.dtype)
+    for name, layer in adapted_layers(model):
+        lora_A, lora_B = layer.factors(dtype or layer.weight.dtype)
+        if lora_B.any():
+            yield from ((f"{name}.lora_A", lora_A), (f"{name}.lora_B", lora_B))
+
+
+def adapted_layers(model: VLA) -> Iterator[tuple[str, LoRALinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
 
 
 def weights_fingerprint(model: VLA, dtype: str | None = None) -> str:
-    """fingerprint() of the effective tensors: equal for a learner's adapted model and the version a server made of it.
+    """Of what the model computes with: equal for a learner's adapted model and the version a server made of it.
 
     dtype: what the server computes in, where this model does not.  How a model is laid out in memory does not matter.
     """
-    return _fingerprint(digest(*named) for named in effective_tensors(model, DTYPES[dtype] if dtype else None))
+    return fingerprint_of(digest(*named) for named in held_tensors(model, DTYPES[dtype] if dtype else None))
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256, hex, of named tensors; it does not depend on their order or on how they are sharded."""
-    return _fingerprint(digest(name, tensor) for name, tensor in tensors.items())
+    return fingerprint_of(digest(name, tensor) for name, tensor in tensors.items())
 
 
 def digest(name: str, tensor: torch.Tensor) -> str:
@@ -288,5 +296,6 @@ def digest(name: str, tensor: torch.Tensor) -> str:
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
-def _fingerprint(digests: Iterable[str]) -> str:
+def fingerprint_of(digests: Iterable[str]) -> str:
+    """SHA-256, hex, of what digest() says of every tensor, in any order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

@@ -14,13 +14,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from policy_server.vla.checkpoint import DTYPES, WEIGHTS, CheckpointError, effective_tensors, fault
-from policy_server.vla.lora import load_lora, merge_lora
+from policy_server.vla.checkpoint import DTYPES, WEIGHTS, CheckpointError, adapted_layers, fault
+from policy_server.vla.lora import linears, put
 from policy_server.vla.model import VLA
 
 
 def with_tensors(base: VLA, folder: Path) -> VLA:
-    """The base with the tensors of FOLDER/model.safetensors in the place of its own.  Raises CheckpointError."""
+    """The base with the tensors of FOLDER/model.safetensors in the place of its own, laid out for decoding.
+
+    Raises CheckpointError.
+    """
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
@@ -37,23 +40,22 @@ def with_tensors(base: VLA, folder: Path) -> VLA:
     with beside_decoding(base.device):
         # Copies always: what was loaded may be a view of the file, which the version must outlive.
         replaced = {name: tensor.to(**like, copy=True) for name, tensor in tensors.items()}
-        return _checked(_sharing(base, {**own, **replaced}), base, folder)
-
-
-def with_adapter(base: VLA, folder: Path) -> VLA:
-    """The base with an adapter in PEFT's layout merged in.  Raises CheckpointError."""
-    with beside_decoding(base.device):
-        model = _sharing(base, base.state_dict())
-        load_lora(model, folder)
-        merge_lora(model)
-        return _checked(model, base, folder)
+        model = _checked(sharing(base, {**own, **replaced}), base, folder)
+        model.language_model.fuse()
+        return model
 
 
 def as_served(model: VLA, dtype: str) -> VLA:
-    """What a server that computes in `dtype` makes of the model: adapters merged, cast, laid out for decoding."""
-    served = _sharing(model, dict(effective_tensors(model, DTYPES[dtype])))
-    served.language_model.fuse()
-    return served
+    """What a server that computes in `dtype` makes of the model: cast, laid out for decoding, adapters beside it."""
+    adapters = dict(adapted_layers(model))
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    served = sharing(model, {name: tensor.to(DTYPES[dtype]) for name, tensor in own.items()})
+    layers = linears(served)
+    for name, adapter in adapters.items():
+        put(served, name, adapter.over(layers[name]))
+    if not adapters:
+        served.language_model.fuse()
+    return served.eval()
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _sharing(base: VLA, tensors: Mapping[str, torch.Tensor]) -> VLA:
+def sharing(base: VLA, tensors: Mapping[str, torch.Tensor]) -> VLA:
     """A model with parameters of its own, which lie where the tensors lie."""
     with torch.device("meta"):
         model = VLA(base.config)
@@ -83,7 +85,7 @@ def _sharing(base: VLA, tensors: Mapping[str, torch.Tensor]) -> VLA:
 
 
 def _checked(model: VLA, base: VLA, folder: Path) -> VLA:
-    """The model, whose own tensors are finite on the device too: finite factors may have a product that is not."""
+    """The model, whose own tensors are finite on the device too."""
     shared = base.state_dict()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() != shared[name].data_ptr() and not tensor.isfinite().all():

@@ -5,9 +5,7 @@ Shapes: B batch, L tokens of this call, T keys it may see, D width, H heads, d =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from torch.nn import functional
 
 from policy_server.vla.config import LlamaConfig
 from policy_server.vla.kv_cache import KVCache
+from policy_server.vla.low_rank import SideBySide, side_by_side
 from policy_server.vla.recompute import run
 
 
@@ -69,7 +68,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.fused: torch.Tensor | None = None
+        self.fused: SideBySide | None = None
 
     def _qkv(
         self, x_BLD: torch.Tensor, rotate: Rotation, first: int
@@ -77,7 +76,7 @@ class Attention(nn.Module):
         """Queries (from token `first` on) and keys, rotated, and values: (B, L, H, d) each."""
         shape = (*x_BLD.shape[:2], -1, self.head_dim)
         if self.fused is not None and not torch.is_grad_enabled():
-            qkv = functional.linear(x_BLD, self.fused).view(shape)
+            qkv = self.fused(x_BLD).view(shape)
             queries, keys = rotate(qkv[:, :, : 2 * self.heads]).split(self.heads, 2)
             return queries[:, first:], keys, qkv[:, :, 2 * self.heads :]
         # Side by side they would cost a copy, and another in the gradient.
@@ -113,11 +112,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused: torch.Tensor | None = None
+        self.fused: SideBySide | None = None
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         if self.fused is not None and not torch.is_grad_enabled():
-            gate, up = functional.linear(x_BLD, self.fused).chunk(2, -1)
+            gate, up = self.fused(x_BLD).chunk(2, -1)
         else:
             gate, up = self.gate_proj(x_BLD), self.up_proj(x_BLD)
         return self.down_proj(functional.silu(gate) * up)
@@ -206,36 +205,16 @@ class LanguageModel(nn.Module):
         """Lays q, k, v and gate, up side by side in memory, so that decoding needs one product for each group.
 
         The parameters become views: their names, and in-place updates, keep working; gradients take the single ones.
+        Quantised ones stay as they are.
         """
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
             attention, mlp = layer.self_attn, layer.mlp
-            attention.fused = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
-            mlp.fused = _side_by_side(mlp.gate_proj, mlp.up_proj)
+            attention.fused = side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+            mlp.fused = side_by_side(mlp.gate_proj, mlp.up_proj)
 
     def unfuse(self) -> None:
         """Decodes with the single layers again, whatever they have been replaced by."""
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
             layer.self_attn.fused = layer.mlp.fused = None
-
-
-def _side_by_side(*linears: nn.Linear) -> torch.Tensor:
-    parts = [linear.weight.detach() for linear in linears]
-    rows = [linear.out_features for linear in linears]
-    if _adjacent(parts):  # a model made of another's tensors keeps sharing what it has not replaced
-        return parts[0].as_strided((sum(rows), parts[0].shape[1]), parts[0].stride())
-    fused = torch.cat(parts)
-    for linear, part in zip(linears, fused.split(rows), strict=True):
-        linear.weight.data = part
-    return fused
-
-
-def _adjacent(parts: Sequence[torch.Tensor]) -> bool:
-    """Whether each part begins where the one before it ends, in one piece of memory."""
-    return all(
-        before.is_contiguous()
-        and before.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
-        and before.storage_offset() + before.numel() == part.storage_offset()
-        for before, part in pairwise(parts)
-    )

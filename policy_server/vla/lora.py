@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from policy_server.vla.checkpoint import CheckpointError, fault
+from policy_server.vla.checkpoint import CheckpointError, adapted_layers, fault
 from policy_server.vla.lora_linear import LoRALinear
 from policy_server.vla.model import VLA
 
@@ -45,22 +46,22 @@ def apply_lora(model: VLA, *, rank: int, alpha: float, dropout: float = 0.0, vis
     """
     model.requires_grad_(False)
     model.language_model.unfuse()
-    for name, linear in list(_linears(model)):
+    for name, linear in linears(model).items():
         if vision or not name.startswith(VISION):
-            _put(model, name, LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout))
+            put(model, name, LoRALinear.fresh(linear, rank=rank, alpha=alpha, dropout=dropout))
     return [parameter for name, parameter in model.named_parameters() if _is_lora(name)]
 
 
 def merge_lora(model: VLA) -> None:
     """Adds the adapter into the base and removes it."""
     model.language_model.unfuse()
-    for name, layer in list(_adapted(model)):
-        _put(model, name, layer.merged())
+    for name, layer in dict(adapted_layers(model)).items():
+        put(model, name, layer.merged())
 
 
 def save_lora(model: VLA, folder: Path | str, *, base: str = "") -> None:
     """Writes adapter_config.json and adapter_model.safetensors; `base` names the base model for other readers."""
-    layers = dict(_adapted(model))
+    layers = dict(adapted_layers(model))
     if not layers:
         raise ValueError("the model has no adapter to save")
     first = next(iter(layers.values()))
@@ -84,35 +85,46 @@ def save_lora(model: VLA, folder: Path | str, *, base: str = "") -> None:
 
 def load_lora(model: VLA, folder: Path | str) -> None:
     """Adapts the layers an adapter names, with its weights.  Raises CheckpointError, and then changes nothing."""
+    file, layers = read_lora(model, folder), linears(model)
+    model.language_model.unfuse()
+    for name, matrices in file.matrices.items():
+        # Copies: what was read may be a view of the file.
+        own = [matrix.to(model.device, copy=True) for matrix in matrices]
+        put(model, name, LoRALinear(layers[name], *own, alpha=file.alpha, dropout=file.dropout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFile:
+    """An adapter as it was stored."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """float32 A (rank, inputs) and B (outputs, rank) of every adapted layer"""
+
+
+def read_lora(model: VLA, folder: Path | str) -> LoRAFile:
+    """An adapter for the model, which stays as it is.  Raises CheckpointError."""
     folder = Path(folder)
     config, tensors = _read(folder)
-    linears = dict(_linears(model))
-    named = {_layer(key, linears, folder) for key in tensors}
-    layers: dict[str, LoRALinear] = {}
+    layers = linears(model)
+    named = {_layer(key, layers, folder) for key in tensors}
     # Our own adapters name every layer in full; PEFT's may name parts of names, which promise no single layer.
-    for name in sorted(named | (linears.keys() & set(config.get("target_modules") or ()))):
-        matrices = {
-            matrix: _matrix(tensors, f"{PREFIX}{name}.{matrix}.weight", shape, folder)
-            for matrix, shape in _shapes(linears[name], rank=config["r"]).items()
-        }
-        layers[name] = LoRALinear(
-            linears[name],
-            rank=config["r"],
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config["lora_dropout"]),
-        )
-        for matrix, tensor in matrices.items():
-            getattr(layers[name], matrix).data.copy_(tensor)
-    model.language_model.unfuse()
-    for name, layer in layers.items():
-        _put(model, name, layer)
+    adapted = sorted(named | (layers.keys() & set(config.get("target_modules") or ())))
+    return LoRAFile(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config["lora_dropout"]),
+        matrices={name: _matrices(tensors, name, layers[name], config["r"], folder) for name in adapted},
+    )
 
 
 def lora_tensors(model: VLA) -> dict[str, torch.Tensor]:
     """The adapter's matrices under PEFT's names."""
     return {
         f"{PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
-        for name, layer in _adapted(model)
+        for name, layer in adapted_layers(model)
         for matrix in ("lora_A", "lora_B")
     }
 
@@ -146,8 +158,12 @@ def _layer(key: str, linears: Mapping[str, nn.Linear], folder: Path) -> str:
     return name
 
 
-def _shapes(linear: nn.Linear, *, rank: int) -> dict[str, tuple[int, int]]:
-    return {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
+def _matrices(
+    tensors: Mapping[str, torch.Tensor], name: str, linear: nn.Linear, rank: int, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lora_A = _matrix(tensors, f"{PREFIX}{name}.lora_A.weight", (rank, linear.in_features), folder)
+    lora_B = _matrix(tensors, f"{PREFIX}{name}.lora_B.weight", (linear.out_features, rank), folder)
+    return lora_A, lora_B
 
 
 def _matrix(tensors: Mapping[str, torch.Tensor], key: str, shape: tuple[int, int], folder: Path) -> torch.Tensor:
@@ -155,25 +171,19 @@ def _matrix(tensors: Mapping[str, torch.Tensor], key: str, shape: tuple[int, int
         raise CheckpointError(f"{folder}: tensor {key} is missing from {WEIGHTS}")
     if wrong := fault(tensors[key], shape):
         raise CheckpointError(f"{folder}: tensor {key} {wrong}")
-    return tensors[key]
+    return tensors[key].float()
 
 
-def _linears(model: VLA) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != HEAD:
-            yield name, module
+def linears(model: VLA) -> dict[str, nn.Linear]:
+    """The layers that an adapter may name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != HEAD}
 
 
-def _adapted(model: VLA) -> Iterator[tuple[str, LoRALinear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            yield name, module
+def put(model: VLA, name: str, layer: nn.Linear) -> None:
+    """Replaces a layer."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _is_lora(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
-
-
-def _put(model: VLA, name: str, layer: nn.Linear) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

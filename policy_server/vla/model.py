@@ -41,16 +41,23 @@ class Prompts:
     image_tokens_BCD: torch.Tensor | None = None
     """what VLA.image_tokens() gives for the images, where somebody knows it already"""
 
-    def to(self, device: torch.device | str) -> Prompts:
+    def to(self, device: torch.device) -> Prompts:
         known = self.image_tokens_BCD
         return replace(
             self,
-            images_BHW3=self.images_BHW3.to(device),
-            input_ids_BL=self.input_ids_BL.to(device),
-            lengths_B=self.lengths_B.to(device),
-            states_BS=None if self.states_BS is None else self.states_BS.to(device),
-            image_tokens_BCD=None if known is None else known.to(device),
+            images_BHW3=moved(self.images_BHW3, device),
+            input_ids_BL=moved(self.input_ids_BL, device),
+            lengths_B=moved(self.lengths_B, device),
+            states_BS=None if self.states_BS is None else moved(self.states_BS, device),
+            image_tokens_BCD=None if known is None else moved(known, device),
         )
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; from the CPU to a GPU the copy is under way when this returns."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(prepared: Sequence[Prepared], *, prompt_length: int | None = None) -> Prompts:
@@ -155,8 +162,8 @@ class VLA(nn.Module):
             tokens = self.image_tokens(prompts.images_BHW3)
         if prompts.states_BS is None:
             return tokens
-        state = self.state_projector(prompts.states_BS.to(tokens.dtype))
-        return torch.cat((tokens, state[:, None]), 1)
+        state = self.state_projector(prompts.states_BS.to(tokens.dtype)[:, None])
+        return torch.cat((tokens, state), 1)
 
     def embed_prompts(self, input_ids_BL: torch.Tensor, context_BCD: torch.Tensor) -> torch.Tensor:
         """(B, M, D): BOS, context, rest of the prompt, padding."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,13 @@ import torch
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from policy_server.vla.config import ImagePath, VLAConfig
-from policy_server.vla.decoding import Decoded, DecodeInput, PassShape, decode
+from policy_server.vla.decoding import Decoded, decode
+from policy_server.vla.graphs import PassGraphs
 from policy_server.vla.lora import load_lora, merge_lora
 from policy_server.vla.model import VLA
+from policy_server.vla.passes import DecodeInput, PassShape
 from policy_server.vla.preprocessing import Prepared, Preprocessor
-from policy_server.vla.scoring import score
+from policy_server.vla.quantized import Bits, quantize
 
 DETERMINISTIC_PROMPT_TOKENS = 64
 """Prompts are padded to this many tokens when nothing else is asked for."""
@@ -67,18 +68,21 @@ class Policy:
         image_path: ImagePath | None = None,
         device: str = "cpu",
         dtype: str = "float32",
+        bits: Bits | None = None,
         deterministic_batch: int | None = None,
         max_prompt_tokens: int | None = None,
     ) -> Policy:
-        """Of a folder or hub id, with an adapter merged in.
+        """Of a folder or hub id, with an adapter merged in, then quantised to `bits`.
 
         deterministic_batch pads every pass to that many requests and to max_prompt_tokens: an answer is then the same,
-        bit for bit, whoever its neighbours are.  Raises CheckpointError and UnknownStatistics.
+        bit for bit, whoever its neighbours are.  Raises CheckpointError, UnknownStatistics and CannotQuantize.
         """
-        checkpoint = load_checkpoint(source, dtype=dtype, device=device)
+        checkpoint = load_checkpoint(source, dtype=dtype, device="cpu" if bits else device)
         if adapter is not None:
             load_lora(checkpoint.model, adapter)
             merge_lora(checkpoint.model)
+        if bits is not None:
+            quantize(checkpoint.model, bits, torch.device(device))
         if image_path is not None:
             checkpoint.model.config = replace(checkpoint.config, image_path=image_path)
         return cls(
@@ -87,13 +91,6 @@ class Policy:
             deterministic_batch=deterministic_batch,
             max_prompt_tokens=max_prompt_tokens,
         )
-
-    def with_model(self, model: VLA) -> Policy:
-        """The same tokenizer, preprocessing and statistics round other weights, which are laid out for decoding."""
-        policy = copy.copy(self)
-        policy.model = model
-        model.language_model.fuse()
-        return policy
 
     @property
     def config(self) -> VLAConfig:
@@ -111,12 +108,11 @@ class Policy:
         """Raises BadInput."""
         return self.preprocessor.prepare(image_HW3, instruction, state_S)
 
-    def decode(self, inputs: Sequence[DecodeInput]) -> Decoded:
-        return decode(self.model, inputs, self.shape)
-
-    def score(self, prepared: Sequence[Prepared], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
-        """float32 (B, N): what score() in scoring.py gives."""
-        return score(self.model, prepared, token_ids_BN, temperature)
+    def decode(
+        self, inputs: Sequence[DecodeInput], *, model: VLA | None = None, graphs: PassGraphs | None = None
+    ) -> Decoded:
+        """By the policy's own model, or by another one of the same architecture that is laid out for decoding."""
+        return decode(model or self.model, inputs, self.shape, graphs=graphs)
 
     def actions(self, token_ids_BN: np.ndarray) -> np.ndarray:
         """float32 (B, K, A), in the units of the statistics."""

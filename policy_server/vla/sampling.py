@@ -6,36 +6,53 @@ Shapes: B batch, N action tokens, V action bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from policy_server.vla.model import moved
 
+
+@dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Chooses columns of the action logits: the largest, or where the cumulative probability passes a random number."""
 
-    def __init__(self, temperatures: Sequence[float], uniform_BN: np.ndarray, *, device: torch.device):
-        """A temperature of 0 is greedy; uniform_BN holds a number in [0, 1) for every token."""
+    temperature_B: torch.Tensor
+    """float32; 0 is greedy"""
+    uniform_BN: torch.Tensor
+    """float64, in [0, 1)"""
+    any_sampled: bool
+    """False saves the work where all rows are greedy."""
+
+    @classmethod
+    def of(cls, temperatures: Sequence[float], uniform_BN: np.ndarray) -> Sampler:
+        """On the CPU."""
         temperature_B = torch.tensor(temperatures, dtype=torch.float32)
-        self._any_sampled = bool((temperature_B > 0).any())
-        self._sampled_B = (temperature_B > 0).to(device)
-        self._temperature_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None].to(device)
-        self._uniform_BN = torch.from_numpy(uniform_BN).to(device)
+        sampled = bool((temperature_B > 0).any())
+        return cls(temperature_B=temperature_B, uniform_BN=torch.from_numpy(uniform_BN), any_sampled=sampled)
+
+    def to(self, device: torch.device) -> Sampler:
+        return replace(self, temperature_B=moved(self.temperature_B, device), uniform_BN=moved(self.uniform_BN, device))
 
     def choose(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
         """int64 (B,)."""
         greedy_B = logits_BV.argmax(-1)
-        if not self._any_sampled:
+        if not self.any_sampled:
             return greedy_B
-        cumulative_BV = (logits_BV / self._temperature_B1).double().softmax(-1).cumsum(-1)
-        target_B1 = self._uniform_BN[:, step, None] * cumulative_BV[:, -1:]
+        cumulative_BV = (logits_BV / self._divisor_B1).double().softmax(-1).cumsum(-1)
+        target_B1 = self.uniform_BN[:, step, None] * cumulative_BV[:, -1:]
         sampled_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-        return torch.where(self._sampled_B, sampled_B, greedy_B)
+        return torch.where(self.temperature_B > 0, sampled_B, greedy_B)
 
     def logprobs(self, logits_BNV: torch.Tensor, columns_BN: torch.Tensor) -> torch.Tensor:
         """float32 (B, N)."""
-        logprobs = torch.log_softmax(logits_BNV / self._temperature_B1[:, :, None], -1)
+        logprobs = torch.log_softmax(logits_BNV / self._divisor_B1[:, :, None], -1)
         return logprobs.gather(-1, columns_BN[..., None])[..., 0]
+
+    @property
+    def _divisor_B1(self) -> torch.Tensor:
+        return torch.where(self.temperature_B > 0, self.temperature_B, 1.0)[:, None]
 
 
 def uniform_numbers(seed: int, decision: int, chunk: tuple[int, int], *, correlation: float = 0.0) -> np.ndarray:

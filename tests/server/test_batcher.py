@@ -12,7 +12,14 @@ from policy_server.errors import Overloaded, Superseded
 
 
 def batcher(*, max_batch: int = 4, max_wait_ms: float = 1000, capacity: int = 8, episodes: int = 4) -> Batcher:
-    return Batcher(max_batch=max_batch, max_wait_ms=max_wait_ms, capacity=capacity, expected=lambda: episodes)
+    """Odd versions share passes; an even one shares none."""
+    return Batcher(
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        capacity=capacity,
+        expected=lambda: episodes,
+        together=lambda versions: all(version % 2 for version in versions),
+    )
 
 
 def put(queue: Batcher, *, version: int = 0, seed: int = 0) -> Ticket:
@@ -52,9 +59,16 @@ def test_a_full_batch_does_not_wait():
     assert len(queue.next_batch()) == 2
 
 
-def test_a_batch_holds_one_version_and_the_oldest_request():
+def test_versions_that_can_share_a_pass_do_and_the_oldest_request_leads():
+    queue = batcher(episodes=6)
+    tickets = [put(queue, version=version) for version in (3, 2, 5, 4, 3, 1)]
+    assert queue.next_batch() == [tickets[0], tickets[2], tickets[4], tickets[5]]
+    assert [queue.next_batch(), queue.next_batch()] == [[tickets[1]], [tickets[3]]]
+
+
+def test_a_batch_of_versions_that_share_nothing_holds_one_and_the_oldest_request():
     queue = batcher(episodes=4)
-    versions = [7, 8, 7, 8]
+    versions = [6, 8, 6, 8]
     tickets = [put(queue, version=version) for version in versions]
     assert queue.next_batch() == [tickets[0], tickets[2]]
     queue.stop()

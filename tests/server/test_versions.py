@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 
 from policy_server.errors import BadRequest, CannotStart, InternalFault, Overloaded, UnknownVersion
-from policy_server.version_store import Version, VersionStore
+from policy_server.version_store import WEIGHTS, Kind, Version, VersionStore
 from policy_server.versions import RECENT, Versions
 
 FIRST = "f" * 64
+SLOTS = 3
 
 
 class Builder:
-    """A version's model is the text of its file; every build is counted."""
+    """A version's weights are the text of its file; every build is counted."""
 
     def __init__(self) -> None:
         self.built: Counter[str] = Counter()
 
-    def __call__(self, folder: Path, kind: str) -> tuple[str, str]:
-        weights = (folder / "model.safetensors").read_text()
+    def __call__(self, folder: Path, kind: Kind) -> tuple[str, str]:
+        weights = (folder / WEIGHTS[kind]).read_text()
         if weights == "bad":
             raise BadRequest("tensor x must be finite", field="data")
         self.built[weights] += 1
@@ -36,10 +37,12 @@ class Server:
     def __init__(self, folder: Path | None):
         self.build, self.pinned = Builder(), set[int]()
         self.store = VersionStore(folder, first=FIRST)
-        self.versions = Versions("the base", store=self.store, build=self.build, pinned=lambda: self.pinned)
+        self.versions = Versions(
+            "the base", store=self.store, build=self.build, pinned=lambda: self.pinned, adapter_slots=SLOTS
+        )
 
-    def publish(self, weights: str, *, parent: int = 0, set_live: bool = False) -> Version:
-        incoming = self.store.receive("full", len(weights))
+    def publish(self, weights: str, *, parent: int = 0, set_live: bool = False, kind: Kind = "full") -> Version:
+        incoming = self.store.receive(kind, len(weights))
         try:
             incoming.write(weights.encode())
             incoming.close()
@@ -58,7 +61,7 @@ def server(tmp_path: Path) -> Server:
 
 
 def test_a_server_begins_with_version_0_live(server):
-    assert server.versions.live == 0 and server.versions.known == [0] and server.versions.model(0) == "the base"
+    assert server.versions.live == 0 and server.versions.known == [0] and server.versions.weights(0) == "the base"
     assert server.store.versions == [
         Version(version=0, parent=0, kind="first", note="", published_unix_ns=0, device_fingerprint=FIRST)
     ]
@@ -71,7 +74,7 @@ def test_versions_are_numbered_in_order_and_go_live_when_told(server):
     assert (two.version, two.parent, two.kind, two.note) == (2, 1, "full", "note of two")
     assert two.device_fingerprint == "hash of two" and two.published_unix_ns > one.published_unix_ns
     assert server.versions.live == 2 and server.versions.known == [0, 1, 2]
-    assert [server.versions.model(version) for version in range(3)] == ["the base", "one", "two"]
+    assert [server.versions.weights(version) for version in range(3)] == ["the base", "one", "two"]
 
 
 def test_live_goes_back_and_forward_and_each_move_tells_the_one_before(server):
@@ -83,7 +86,7 @@ def test_live_goes_back_and_forward_and_each_move_tells_the_one_before(server):
 
 def test_an_unknown_version_is_refused_with_those_there_are(server):
     server.publish("one")
-    for refused in (lambda: server.versions.model(7), lambda: server.versions.set_live(7)):
+    for refused in (lambda: server.versions.weights(7), lambda: server.versions.set_live(7)):
         with pytest.raises(UnknownVersion, match=r"there is no version 7; there are \[0, 1\]"):
             refused()
     with pytest.raises(UnknownVersion) as error:
@@ -98,7 +101,7 @@ def test_a_restart_brings_back_every_version_and_the_live_one(server):
     assert again.store.versions[1:] == published and again.versions.live == 2
     again.versions.open()
     assert again.build.built == {"two": 1}
-    assert again.versions.model(3) == "three"
+    assert again.versions.weights(3) == "three"
     assert again.publish("four").version == 4
 
 
@@ -160,12 +163,21 @@ def test_only_the_first_the_live_the_pinned_and_a_few_recent_ones_are_held(serve
     assert [version for version in server.versions.known if server.versions.holds(version)] == [0, 2, 5, 6]
 
 
+def test_adapters_have_slots_of_their_own_and_the_least_recently_used_leaves_first(server):
+    server.publish("whole")
+    for name in "abc":
+        server.publish(name, kind="lora")
+    server.versions.weights(2)
+    server.publish("d", kind="lora")
+    assert [version for version in server.versions.known if server.versions.holds(version)] == [0, 1, 2, 4, 5]
+
+
 def test_a_version_that_is_not_held_is_built_again_when_it_is_asked_for(server):
     for name in "abcd":
         server.publish(name)
     assert not server.versions.holds(1)
-    assert server.versions.model(1) == "a" and server.build.built["a"] == 2
-    assert server.versions.model(1) == "a" and server.build.built["a"] == 2
+    assert server.versions.weights(1) == "a" and server.build.built["a"] == 2
+    assert server.versions.weights(1) == "a" and server.build.built["a"] == 2
     assert not server.versions.holds(3) and server.versions.holds(4)  # the longest unused made room
 
 
@@ -175,7 +187,7 @@ def test_a_version_that_changed_on_disk_is_not_served(server):
     for damage, why in ((b"another", "its fingerprint differs"), (b"bad", "tensor x must be finite")):
         (server.store.path(1) / "model.safetensors").write_bytes(damage)
         with pytest.raises(InternalFault, match=why):
-            server.versions.model(1)
+            server.versions.weights(1)
     server.versions.set_live(2)
     (server.store.path(2) / "model.safetensors").write_text("bad")
     with pytest.raises(CannotStart, match="the live version cannot be served"):

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policy_server.observation import Observed
-from policy_server.version_store import VersionStore
+from policy_server.preparer import Preparer
+from policy_server.version_store import Kind, VersionStore
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from policy_server.vla.lora import apply_lora, save_lora
 from policy_server.vla.policy import Policy
-from policy_server.vla_model import VlaModel
+from policy_server.vla_model import VlaModel, Weights
 from protos import admin_pb2, policy_pb2
 from rl_trainer.patience import ServerGone
 from rl_trainer.publisher import LEAST_TOLERANCE, Publisher, PublishMismatch
@@ -37,31 +38,24 @@ class FaultyModel(VlaModel):
     fault: Callable[[Path], None] | None = None
     lies = False
 
-    def derive(self, folder: Path, kind) -> VlaModel | Liar:
-        healthy = super().derive(folder, kind)
+    def build(self, folder: Path, kind: Kind) -> Weights:
+        self.sent = super().build(folder, kind)
         spoiled = folder.parent / "spoiled"
         shutil.copytree(folder, spoiled)
         if self.fault is not None:
             self.fault(spoiled)
-        served = super().derive(spoiled, kind)
+        served = super().build(spoiled, kind)
         shutil.rmtree(spoiled)
-        return Liar(served, healthy.device_fingerprint) if self.lies else served
+        return served
 
-
-class Liar:
-    """A model that says it is another."""
-
-    def __init__(self, model: VlaModel, device_fingerprint: str):
-        self._model, self.device_fingerprint = model, device_fingerprint
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
+    def fingerprint(self, weights: Weights) -> str:
+        return super().fingerprint(self.sent if self.lies else weights)
 
 
 @contextlib.contextmanager
 def served(checkpoint: Path, *, dtype: str = "float32", model: type[VlaModel] = VlaModel) -> Iterator[RunningServer]:
     policy = model(Policy.load(checkpoint, dtype=dtype), name="tiny", max_batch=8)
-    store = VersionStore(None, first=policy.device_fingerprint)
+    store = VersionStore(None, first=policy.fingerprint(policy.first))
     with serving(policy, max_batch=8, queue=64, versions=store, admin_port=0) as server:
         yield server
 
@@ -105,7 +99,7 @@ def test_what_a_learner_publishes_is_proved_and_goes_live(tiny_vla, kind, serves
     learner.model.train()
     with served(tiny_vla, dtype=serves) as server, publishing(server, learner) as publisher:
         assert publisher.begin() == 0 == live(server)
-        assert publisher.proof.fingerprint == server.model.device_fingerprint
+        assert publisher.proof.fingerprint == server.model.fingerprint(server.model.first)
         for version in (1, 2):
             learn(learner)
             assert publisher.publish(version - 1, note=f"run {version}") == version == live(server)
@@ -212,8 +206,8 @@ def test_the_tolerance_is_what_was_seen_between_equal_weights(tiny_vla, monkeypa
 
 def test_equal_weights_that_see_other_inputs_are_no_calibration(tiny_vla, monkeypatch):
     learner = learner_of(tiny_vla, "lora")
-    prepare = VlaModel.prepare
-    monkeypatch.setattr(VlaModel, "prepare", lambda self, observed: prepare(self, darker(observed)))
+    prepare = Preparer.__call__
+    monkeypatch.setattr(Preparer, "__call__", lambda self, observed: prepare(self, darker(observed)))
     refused = pytest.raises(PublishMismatch, match="the sides see different inputs")
     with served(tiny_vla) as server, publishing(server, learner) as publisher, refused:
         publisher.begin()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from policy_server.vla.checkpoint import Checkpoint
-from policy_server.vla.decoding import DecodeInput
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Preprocessor
 
 WORDS = ("pick", "place", "open", "the", "red", "bowl", "plate", "drawer", "stove", "on", "top", "of", "and", "it")

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from policy_server.vla.checkpoint import Checkpoint
-from policy_server.vla.decoding import Decoded, DecodeInput, decode
+from policy_server.vla.decoding import Decoded, decode
 from policy_server.vla.model import collate
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from tests.vla.requests import random_requests
 

@@ -44,7 +44,7 @@ def test_fused_weights_follow_updates_in_place(nano: Checkpoint, tmp_path: Path)
     with torch.no_grad():
         attention.k_proj.weight.add_(1)
     width = model.config.llm.hidden_size
-    assert torch.equal(attention.fused[width : 2 * width], attention.k_proj.weight)
+    assert torch.equal(attention.fused.weight[width : 2 * width], attention.k_proj.weight)
 
 
 def test_published_names_and_pixel_statistics_survive_a_round_trip(tmp_path: Path):

@@ -102,7 +102,7 @@ def test_an_adapter_of_the_decoder_alone_leaves_image_tokens_as_they_are(nano: C
 
 def test_an_adapter_of_a_bfloat16_layer_computes_in_bfloat16_and_learns_in_float32():
     torch.manual_seed(0)
-    exact = LoRALinear(torch.nn.Linear(32, 24), rank=4, alpha=8, dropout=0.0)
+    exact = LoRALinear.fresh(torch.nn.Linear(32, 24), rank=4, alpha=8)
     exact.lora_B.data.normal_(std=0.2)
     half = copy.deepcopy(exact)
     half.weight.data, half.bias.data = half.weight.data.bfloat16(), half.bias.data.bfloat16()

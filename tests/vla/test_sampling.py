@@ -70,7 +70,7 @@ def test_tokens_follow_the_distribution_at_the_temperature(rng: np.random.Genera
     draws = 4000
     logits_V = torch.from_numpy(rng.normal(size=256)).float() * 2
     uniform = np.stack([uniform_numbers(seed, 3, (1, 1))[0] for seed in range(draws)])
-    sampler = Sampler([temperature] * draws, uniform, device=torch.device("cpu"))
+    sampler = Sampler.of([temperature] * draws, uniform)
     columns = sampler.choose(logits_V.expand(draws, -1), 0).numpy()
     expected = torch.softmax(logits_V.double() / temperature, -1).numpy() * draws
     observed, frequent = np.bincount(columns, minlength=256), expected >= 10
@@ -82,7 +82,7 @@ def test_tokens_follow_the_distribution_at_the_temperature(rng: np.random.Genera
 def test_a_column_of_no_probability_is_never_chosen():
     logits_BV = torch.full((2, 256), -2000.0)
     logits_BV[:, 7] = 0
-    sampler = Sampler([1.0, 1.0], np.array([[0.0], [np.nextafter(1, 0)]]), device=torch.device("cpu"))
+    sampler = Sampler.of([1.0, 1.0], np.array([[0.0], [np.nextafter(1, 0)]]))
     assert sampler.choose(logits_BV, 0).tolist() == [7, 7]
 
 
