@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 
 from policy_server.vla.checkpoint import weights_fingerprint
 from policy_server.vla.config import VLAConfig
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
 from policy_server.vla.derived import as_served
 from policy_server.vla.model import VLA
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.scoring import score

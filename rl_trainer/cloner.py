@@ -15,8 +15,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from policy_server.vla.action_tokens import ActionTokens
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
 from policy_server.vla.model import VLA, Prompts
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.tokenizer import Tokenizer
 from rl_trainer.augment import Augmentation, Draw, augment_images, augment_state, augment_tokens, draw
 from rl_trainer.imitation import Objective

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import grpc
 import numpy as np
+import tyro
 
 from policy_server.vla.action_tokens import UnknownStatistics, statistics_key
 from policy_server.vla.checkpoint import (
@@ -30,7 +31,7 @@ from policy_server.vla.checkpoint import (
 )
 from policy_server.vla.config import VLAConfig
 from protos import policy_pb2, policy_pb2_grpc
-from protos.channel import dial
+from protos.channel import Credentials, dial, tls_trouble
 
 NANO = Path(__file__).parent.parent / "policy_server" / "checkpoints" / "nano"
 CHILD_S = 600.0
@@ -73,6 +74,7 @@ class DoctorConfig:
     """judge the disk as if so many GiB were free; none given: those that are"""
     server: str = ""
     """HOST:PORT of the policy server that the run will use; none given: the run starts its own"""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -237,10 +239,9 @@ def check_server(patient: Patient) -> Iterator[Finding]:
     if not config.server:
         yield Finding(check="server", verdict="ok", text="none given: the run starts its own")
         return
-    spec = _spec(config.server)
+    spec = _spec(config)
     if isinstance(spec, str):
-        text = f"{spec}; start it: python -m policy_server serve --model {config.model} --episodes DIR"
-        yield Finding(check="server", verdict="FAIL", text=text)
+        yield Finding(check="server", verdict="FAIL", text=spec)
         return
     problems = []
     if not spec.stores_episodes:
@@ -285,15 +286,20 @@ def _range_faults(what: str, statistics: Mapping[str, Any], dimension: int) -> l
     return faults
 
 
-def _spec(address: str) -> policy_pb2.PolicySpec | str:
-    """The server's, or why there is none."""
+def _spec(config: DoctorConfig) -> policy_pb2.PolicySpec | str:
+    """The server's, or why there is none and what to do."""
+    address = config.server
     try:
-        with dial(address) as channel:
+        with dial(address, config.credentials) as channel:
             return policy_pb2_grpc.PolicyStub(channel).GetSpec(policy_pb2.GetSpecRequest(), timeout=SERVER_S)
     except ValueError as error:
         return str(error)
     except grpc.RpcError as error:
-        return f"{address} does not answer: {error.details()}"  # pyright: ignore[reportAttributeAccessIssue]
+        code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return f"{address} refuses: {details}"
+    start = f"start it: python -m policy_server serve --model {config.model} --episodes DIR"
+    return tls_trouble(address, config.credentials) or f"{address} does not answer: {details}; {start}"
 
 
 def _drawing(task_id: str) -> str:

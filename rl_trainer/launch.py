@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from protos.channel import free_port
+from protos.channel import Credentials, free_port
 from rl_trainer.placement import Placement
 
 WATCH_S = 0.5
@@ -123,6 +125,32 @@ def kept_alive(children: Sequence[Child]) -> Iterator[Callable[[], None]]:
             child.stop()
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunServer:
+    """Where a run's policy server is, and what it is shown there."""
+
+    address: str
+    """HOST:PORT"""
+    credentials: Credentials
+    admin_address: str
+    """HOST:PORT of its admin service"""
+    admin_credentials: Credentials
+
+
+def own_tokens(folder: Path) -> tuple[Path, dict[str, Credentials]]:
+    """New tokens for a server of the run's own, whose ports others on this machine reach too.
+
+    Gives the server's file of them, and what each role shows; only this user can read them.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    tokens = {role: secrets.token_hex(16) for role in ("robot", "trainer", "admin")}
+    for role, token in tokens.items():
+        (folder / role).write_text(token)
+    known = folder / "tokens"
+    known.write_text("".join(f"{role} {token}\n" for role, token in tokens.items()))
+    return known, {role: Credentials(token_file=folder / role) for role in tokens}
+
+
 @contextmanager
 def started_here(
     placement: Placement,
@@ -133,17 +161,17 @@ def started_here(
     slots: int,
     coarse_practice: bool,
     deterministic: bool,
-) -> Iterator[tuple[str, str, Callable[[], None]]]:
+) -> Iterator[tuple[RunServer, Callable[[], None]]]:
     """A policy server and simulator workers as the placement has them, with logs and episodes in `out`.
 
-    Gives the server's address, its admin service's, and kept_alive()'s check.
+    Gives the server, and kept_alive()'s check.
     """
     port, admin = free_port(), free_port()
-    server = f"127.0.0.1:{port}"
+    server, (tokens, shown) = f"127.0.0.1:{port}", own_tokens(out / "access")
     serve = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
-    serve += ["--episodes", str(out / "episodes"), "--max-wait-ms", str(BATCH_WAIT_MS)]
+    serve += ["--episodes", str(out / "episodes"), "--max-wait-ms", str(BATCH_WAIT_MS), "--tokens", str(tokens)]
     serve += ["--deterministic"] if deterministic else []
-    work = ["sim", "worker", "--server", server, "--suites", suite, "--slots", str(slots)]
+    work = ["sim", "worker", "--server", server, "--suites", suite, "--slots", str(slots), *shown["robot"].flags]
     work += ["--memory-gb", f"{placement.worker_gb:.2f}", *(["--coarse-practice"] if coarse_practice else [])]
     parts = [("policy_server", serve, placement.server.environment)]
     parts += [
@@ -155,4 +183,12 @@ def started_here(
         for name, command, environment in parts
     ]
     with kept_alive(children) as check:
-        yield server, f"127.0.0.1:{admin}", check
+        yield (
+            RunServer(
+                address=server,
+                credentials=shown["trainer"],
+                admin_address=f"127.0.0.1:{admin}",
+                admin_credentials=shown["admin"],
+            ),
+            check,
+        )

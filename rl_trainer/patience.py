@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import grpc
 
+from protos.channel import Credentials, tls_trouble
+
 RETRY_S = 1.0
 
 T = TypeVar("T")
@@ -26,12 +28,13 @@ def patiently(
     call: Callable[[], T],
     *,
     address: str,
+    credentials: Credentials | None = None,
     patience_s: float,
     passing: Collection[grpc.StatusCode] = PASSING,
 ) -> T:
     """The call's answer, tried again while it fails in a way that passes.
 
-    Raises ServerGone after patience_s of that, and ValueError for a refusal.
+    Raises ServerGone after patience_s of that, and ValueError for a refusal, or where the sides cannot agree on TLS.
     """
     give_up_at, told = time.monotonic() + patience_s, False
     while True:
@@ -41,6 +44,8 @@ def patiently(
             code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
         if code not in passing:
             raise ValueError(f"{address} refused ({code.name}): {details}")
+        if code is grpc.StatusCode.UNAVAILABLE and (trouble := tls_trouble(address, credentials)):
+            raise ValueError(trouble)
         if time.monotonic() > give_up_at:
             raise ServerGone(f"{address} {TROUBLE.get(code, 'has been away')} for {patience_s:.0f} s: {details}")
         if code in TROUBLE and not told:

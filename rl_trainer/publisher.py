@@ -29,7 +29,7 @@ from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.scoring import score
 from policy_server.vla.tokenizer import Tokenizer
 from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, policy_pb2_grpc
-from protos.channel import DEFAULT_DEADLINE_S, dial
+from protos.channel import DEFAULT_DEADLINE_S, Credentials, dial
 from protos.codec import decode_tensor, encode_image, encode_tensor
 from rl_trainer.patience import patiently
 
@@ -67,13 +67,25 @@ class Publisher:
     """Publishes one model's weights: its adapter where it has one, else every parameter that is trained.
 
     server, admin: HOST:PORT of the policy service and of the admin service.
+    credentials, admin_credentials: what each of them is shown.
     patience_s: how long the server may be away before ServerGone is raised.
     """
 
-    def __init__(self, server: str, admin: str, *, model: VLA, tokenizer: Tokenizer, patience_s: float = 300.0):
+    def __init__(
+        self,
+        server: str,
+        admin: str,
+        *,
+        model: VLA,
+        tokenizer: Tokenizer,
+        credentials: Credentials | None = None,
+        admin_credentials: Credentials | None = None,
+        patience_s: float = 300.0,
+    ):
         self.model, self.proof = model, None
         self._tokenizer, self._patience_s, self._address = tokenizer, patience_s, admin
-        self._channels = [dial(server), dial(admin)]
+        self._policy_door, self._admin_door = (server, credentials), (admin, admin_credentials)
+        self._channels = [dial(server, credentials), dial(admin, admin_credentials)]
         self._policy = policy_pb2_grpc.PolicyStub(self._channels[0])
         self._admin = admin_pb2_grpc.AdminStub(self._channels[1])
         self._dtype, self._tolerance = "", 0.0
@@ -84,7 +96,9 @@ class Publisher:
         Finds what the server computes in, and how far rounding alone sets the sides apart.  Raises PublishMismatch when
         the model is not that version, or sees something else in a probe.
         """
-        spec = self._call(lambda: self._policy.GetSpec(policy_pb2.GetSpecRequest(), timeout=DEFAULT_DEADLINE_S))
+        spec = self._call(
+            lambda: self._policy.GetSpec(policy_pb2.GetSpecRequest(), timeout=DEFAULT_DEADLINE_S), self._policy_door
+        )
         self._base_fingerprint = spec.base_fingerprint
         self._probes = Probes(self.model, self._tokenizer, spec)
         theirs = self._fingerprint(version)
@@ -184,8 +198,10 @@ class Publisher:
         gap = float(np.abs(ours_BN - theirs_BN).max())
         return gap if np.isfinite(gap) else np.inf
 
-    def _call(self, call: Callable[[], T]) -> T:
-        return patiently(call, address=self._address, patience_s=self._patience_s)
+    def _call(self, call: Callable[[], T], door: tuple[str, Credentials | None] | None = None) -> T:
+        """door: the admin service's, if not given."""
+        address, credentials = door or self._admin_door
+        return patiently(call, address=address, credentials=credentials, patience_s=self._patience_s)
 
 
 class Probes:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import grpc
 
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
-from protos.channel import DEFAULT_DEADLINE_S, dial
+from protos.channel import DEFAULT_DEADLINE_S, Credentials, dial
 from protos.episode_file import Episode
 from rl_trainer.patience import PASSING, patiently
 
@@ -45,15 +45,24 @@ class Finished:
 class RolloutQueue:
     """The server's queue at HOST:PORT as one run sees it.
 
+    credentials: what the server is shown.
     cursor: everything up to that sequence number was given out; to be kept in the run's checkpoint.
     patience_s: how long the server may be away before ServerGone is raised.
     """
 
-    def __init__(self, address: str, *, run: str, cursor: int = 0, patience_s: float = 300.0):
+    def __init__(
+        self,
+        address: str,
+        *,
+        run: str,
+        credentials: Credentials | None = None,
+        cursor: int = 0,
+        patience_s: float = 300.0,
+    ):
         self.run, self._newest = run, cursor
         self.damaged: list[str] = []
-        self._address, self._patience_s = address, patience_s
-        self._channel = dial(address)
+        self._address, self._credentials, self._patience_s = address, credentials, patience_s
+        self._channel = dial(address, credentials)
         self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
         self._outstanding: dict[str, rollout_pb2.Rollout] = {}
         self._waiting: dict[str, tuple[int, Episode]] = {}
@@ -139,4 +148,10 @@ class RolloutQueue:
         self._stub.EnqueueRollouts(request, timeout=DEFAULT_DEADLINE_S)
 
     def _call(self, call: Callable[[], T]) -> T:
-        return patiently(call, address=self._address, patience_s=self._patience_s, passing=REPEATABLE)
+        return patiently(
+            call,
+            address=self._address,
+            credentials=self._credentials,
+            patience_s=self._patience_s,
+            passing=REPEATABLE,
+        )

@@ -15,7 +15,8 @@ import torch
 
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import Checkpoint
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
+from policy_server.vla.passes import DecodeInput
 from rl_trainer.ranks import Ranks
 from rl_trainer.sample_reader import SampleReader
 from rl_trainer.samples import Samples

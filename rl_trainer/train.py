@@ -27,7 +27,7 @@ from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
 from rl_trainer.curriculum import Cell, Curriculum
 from rl_trainer.devices import find_machine
-from rl_trainer.launch import started_here
+from rl_trainer.launch import RunServer, started_here
 from rl_trainer.learner import Learner
 from rl_trainer.live_view import LiveView
 from rl_trainer.metrics import Curve
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> None:
     with launched(config.ranks, follow, config) as ranks:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
-            server, admin, check = config.server, config.admin, lambda: None
+            server, check = config.given_server, lambda: None
             if placement:
                 started = started_here(
                     placement,
@@ -69,8 +69,8 @@ def train(config: TrainConfig) -> None:
                     coarse_practice=config.coarse_practice,
                     deterministic=config.deterministic,
                 )
-                server, admin, check = stack.enter_context(started)
-            run = Run(config, learner, checkpoint, server, admin, check, _observers(config, checkpoint.config.camera))
+                server, check = stack.enter_context(started)
+            run = Run(config, learner, checkpoint, server, check, _observers(config, checkpoint.config.camera))
             stack.callback(run.close)
             run.go()
             ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
@@ -152,8 +152,7 @@ class Run:
         config: TrainConfig,
         learner: Learner,
         checkpoint: Checkpoint,
-        server: str,
-        admin: str,
+        server: RunServer,
         check: Callable[[], None],
         observers: Sequence[Observer] = (),
     ):
@@ -173,8 +172,17 @@ class Run:
             self.state, _ = TrainState.load(config.out / STATE)
             self.curriculum.load(self.state.curriculum)
             self.alarm.load(self.state.alarm)
-        self.queue = RolloutQueue(server, run=self.state.run, cursor=self.state.cursor)
-        self.publisher = Publisher(server, admin, model=checkpoint.model, tokenizer=checkpoint.tokenizer)
+        self.queue = RolloutQueue(
+            server.address, run=self.state.run, credentials=server.credentials, cursor=self.state.cursor
+        )
+        self.publisher = Publisher(
+            server.address,
+            server.admin_address,
+            model=checkpoint.model,
+            tokenizer=checkpoint.tokenizer,
+            credentials=server.credentials,
+            admin_credentials=server.admin_credentials,
+        )
         self.curve = Curve(config.out, first_step=self.learner.iteration + 1)
         self._began_s = time.monotonic() - self.state.seconds
 

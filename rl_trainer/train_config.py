@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
+from protos.channel import Credentials
 from rl_trainer.curriculum import CurriculumConfig
+from rl_trainer.launch import RunServer
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.reward_alarm import AlarmConfig
 from rl_trainer.shaping import ShapingConfig
@@ -35,6 +39,9 @@ class TrainConfig:
     """HOST:PORT of a running policy server with workers of its own; none given: both are started here"""
     admin: str = ""
     """HOST:PORT of that server's admin service"""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
+    admin_token_file: Path | None = None
+    """file with the token for the admin service, which is shown to no other"""
     iterations: int = 50
     minutes: float | None = None
     """wall time of the whole run; with iterations, whichever comes first"""
@@ -105,17 +112,32 @@ class TrainConfig:
             raise ValueError(f"noise_correlation must be in [0, 1), got {self.noise_correlation}")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
+        if not self.server and (self.credentials != Credentials() or self.admin_token_file is not None):
+            raise ValueError("tokens and certificates are for a server that is given, got none")
         if not self.server and self.device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
+
+    @property
+    def given_server(self) -> RunServer:
+        """The running server that was asked for."""
+        return RunServer(
+            address=self.server,
+            credentials=self.credentials,
+            admin_address=self.admin,
+            admin_credentials=replace(self.credentials, token_file=self.admin_token_file),
+        )
 
 
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
+UNSAID = ("credentials", "admin_token_file")
+"""What a run's record, and its report, say nothing of."""
 
 
 def claim(config: TrainConfig) -> TrainConfig:
     """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
-    record, wanted = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
+    record, said = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
+    wanted = {name: value for name, value in said.items() if name not in UNSAID}
     if config.resume:
         if not record.exists():
             raise FileNotFoundError(f"{record}: there is no run to resume")
