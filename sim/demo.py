@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from protos import episode_pb2
 from protos.animation import captioned, side_by_side
+from protos.channel import Credentials
 from robot_client.arm import ArmState, Task
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
@@ -38,6 +40,7 @@ class DemoConfig:
 
     server: str = ""
     """HOST:PORT of a policy server; none given: one is started with the embedded default model."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     tasks: tuple[str, ...] = ()
     """Tasks such as libero_object/0, one episode each; none given: three of LIBERO's, or robosuite's without LIBERO."""
     state: int = 40
@@ -60,7 +63,7 @@ def main(config: DemoConfig) -> int:
     """Runs the episodes, writes the pictures, says how it went."""
     tasks = [find_task(task) for task in config.tasks or default_tasks()]
     clips = []
-    with served(config.server) as address, PolicyClient(address) as client:
+    with served(config.server) as address, PolicyClient(address, credentials=config.credentials) as client:
         sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
         for task in tasks:
             clip, result = film(task, config, client, sizes)

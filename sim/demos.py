@@ -12,13 +12,15 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from protos.channel import Credentials
 from protos.episode_file import PARTIAL_SUFFIX, SUFFIX
 from robot_client.client import PolicyClient
 from robot_client.errors import PolicyError
@@ -76,6 +78,7 @@ class DemosConfig:
     """Longest distance between the arm's given start and where a recording begins."""
     server: str = ""
     """HOST:PORT of a policy that takes turns with the expert, to be corrected; none given: the expert alone."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     learner: str = ""
     """The same for a checkpoint's folder or hub id, for which a server is started."""
     stretch_ticks: tuple[int, int] = (8, 40)
@@ -106,7 +109,7 @@ def record_demos(config: DemosConfig) -> int:
     """Records what is missing in the folder and reports; the exit code is 1 when episodes are missing in the end."""
     if config.learner:
         with served(model=config.learner) as address:
-            return record_demos(replace(config, learner="", server=address))
+            return record_demos(replace(config, learner="", server=address, credentials=Credentials()))
     suite = find_suite(config.suite)
     plans = plan(config, suite)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def make_runner(config: DemosConfig) -> Runner:
     """What a worker process runs; called in that process."""
     budget_gb = config.memory_gb or default_budget_gb(config.processes)
     scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=budget_gb)
-    client = PolicyClient(config.server) if config.server else None
+    client = PolicyClient(config.server, credentials=config.credentials) if config.server else None
     return functools.partial(_run_group, config, client, scenes)
 
 
@@ -224,7 +227,7 @@ def report_of(
             }
         )
     return {
-        "config": asdict(replace(config, out=Path(config.out.name))),
+        "config": asdict(replace(config, out=Path(config.out.name), credentials=Credentials())),
         "assets": shown_assets(suite),
         "wall_s": round(wall_s, 1),
         "episodes_per_minute": round(60 * sum(one.success for one in recorded) / wall_s, 1),

@@ -7,15 +7,18 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import tyro
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from protos.channel import Credentials
 from robot_client.arm import Task
-from robot_client.client import PolicyClient
+from robot_client.connect import connect
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
 from sim import assets
@@ -51,7 +54,8 @@ class EvaluateConfig:
     """Measures a served policy's success rate in simulation."""
 
     server: str = "localhost:50051"
-    """HOST:PORT of the policy server."""
+    """HOST:PORT of the policy server, or openpi://HOST:PORT (robot_client/openpi.py)."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     suite: str = "libero_object"
     """libero_spatial, libero_object, libero_goal, libero_10, libero_90 or robosuite."""
     tasks: tuple[int, ...] = ()
@@ -126,7 +130,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     Raises PolicyError when there is no server, SpecMismatch when its policy cannot drive the suite's arm.
     """
     suite = find_suite(config.suite)
-    with PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S) as client:
+    with closing(connect(config.server, credentials=config.credentials, give_up_after_s=SERVER_PATIENCE_S)) as client:
         spec = client.spec()
     spec.require_fit(arm_spec(suite.tasks[0], suite.cameras))
     version = spec.message.live_version if config.version is None else config.version
@@ -137,6 +141,7 @@ def carry_out(config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollo
     """Runs the rollouts with a progress bar; returns also after Ctrl-C, then with what there is."""
     worker = WorkerConfig(
         server=config.server,
+        credentials=config.credentials,
         slots=config.slots,
         replan_after=config.replan_after,
         memory_gb=config.memory_gb or default_budget_gb(config.processes),

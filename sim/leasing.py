@@ -9,8 +9,11 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import tyro
+
+from protos.channel import Credentials, dial
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
 from robot_client.errors import PolicyError
@@ -35,6 +38,7 @@ class LeasingConfig:
 
     server: str = "localhost:50051"
     """HOST:PORT of the policy server."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     suites: tuple[str, ...] = ()
     """Suites that this worker runs; none given: all that can be built here."""
     processes: int = 2
@@ -57,9 +61,11 @@ class LeasingConfig:
 
 
 def main(config: LeasingConfig) -> int:
-    """Runs until SIGINT or SIGTERM."""
+    """Runs until SIGINT or SIGTERM.  Raises ValueError, before any process is started, for what cannot be dialed."""
+    dial(config.server, config.credentials).close()
     worker = WorkerConfig(
         server=config.server,
+        credentials=config.credentials,
         slots=config.slots,
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
         coarse_practice=config.coarse_practice,
@@ -89,8 +95,8 @@ def suites_here() -> tuple[str, ...]:
 def make_runner(config: WorkerConfig, can_run: tuple[str, ...]) -> Runner:
     """What a process runs; called in that process."""
     scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
-    client = PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S)
-    leases = Leases(config.server, worker=worker_name(), can_run=can_run)
+    client = PolicyClient(config.server, credentials=config.credentials, give_up_after_s=SERVER_PATIENCE_S)
+    leases = Leases(config.server, worker=worker_name(), can_run=can_run, credentials=config.credentials)
     return functools.partial(_man_post, config, client, leases, scenes)
 
 

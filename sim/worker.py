@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from protos import episode_pb2
 from protos.animation import captioned
+from protos.channel import Credentials
 from robot_client.arm import ArmState, Observation
-from robot_client.client import PolicyClient
+from robot_client.client import Client
+from robot_client.connect import connect
 from robot_client.drivers import run_lockstep
 from robot_client.episode import EpisodeConfig
 from robot_client.observer import Observer
@@ -43,6 +45,8 @@ class WorkerConfig:
 
     server: str
     """HOST:PORT of the policy server"""
+    credentials: Credentials = field(default_factory=Credentials)
+    """what it is shown"""
     slots: int = 4
     """episodes interleaved in one process"""
     replan_after: int = 0
@@ -70,12 +74,12 @@ def job_of(rollout: Rollout) -> Job:
 def make_runner(config: WorkerConfig) -> Runner:
     """What the worker process runs; called in that process."""
     scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
-    client = PolicyClient(config.server, give_up_after_s=SERVER_PATIENCE_S)
+    client = connect(config.server, credentials=config.credentials, give_up_after_s=SERVER_PATIENCE_S)
     return functools.partial(_run_group, config, client, scenes)
 
 
 def _run_group(
-    config: WorkerConfig, client: PolicyClient, scenes: Scenes, jobs: Iterator[Job], progress: Progress
+    config: WorkerConfig, client: Client, scenes: Scenes, jobs: Iterator[Job], progress: Progress
 ) -> Iterator[Answer]:
     first = next(jobs)
     progress("build")
@@ -98,7 +102,7 @@ def _run_group(
     scenes.require_budget()
 
 
-def arms_on(scenes: Scenes, task: str, client: PolicyClient, slots: int) -> list[LiberoArm]:
+def arms_on(scenes: Scenes, task: str, client: Client, slots: int) -> list[LiberoArm]:
     """So many arms, interleaved on the task's scene, that see what the client's policy wants to see."""
     scene = scenes.of(task)
     assert isinstance(scene, Scene)
