@@ -106,6 +106,45 @@ class EpisodeWriter:
         self._crc = zlib.crc32(data, self._crc)
 
 
+class EpisodeReader:
+    """A whole episode of which only the records that are asked for are read; nothing is verified but the layout.
+
+    Raises DamagedEpisode, and OSError where there is no such file any more.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._spans = _spans(path)
+        if not self._spans["start"] or not self._spans["end"]:
+            raise DamagedEpisode(f"{path.name}: has no start or no end")
+
+    def __len__(self) -> int:
+        """How many decisions there are."""
+        return len(self._spans["decision"])
+
+    @property
+    def start(self) -> episode_pb2.EpisodeStart:
+        return self._read("start", 0).start
+
+    @property
+    def end(self) -> episode_pb2.EpisodeEnd:
+        return self._read("end", 0).end
+
+    def decision(self, index: int) -> episode_pb2.Decision:
+        """Raises IndexError."""
+        return self._read("decision", index).decision
+
+    def _read(self, kind: str, index: int) -> episode_pb2.EpisodeRecord:
+        begin, length = self._spans[kind][index]
+        with open(self._path, "rb") as file:
+            file.seek(begin)
+            data = file.read(length)
+        try:
+            return episode_pb2.EpisodeRecord.FromString(data)
+        except DecodeError as error:
+            raise DamagedEpisode(f"{self._path.name}: its {kind} {index} is not an EpisodeRecord: {error}") from error
+
+
 def sync(path: Path) -> None:
     """A file's content, or the names in a folder, survive a power cut once this returns.  Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -139,6 +178,26 @@ def read_start(path: Path) -> episode_pb2.EpisodeStart:
     if not record.HasField("start"):
         raise DamagedEpisode(f"{path.name}: record 0 must be a start, got {record.WhichOneof('record')}")
     return record.start
+
+
+def _spans(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Where the records of each kind begin, and their lengths: nothing else of them is read."""
+    kinds = {field.number: field.name for field in episode_pb2.EpisodeRecord.DESCRIPTOR.fields}
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in kinds.values()}
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise DamagedEpisode(f"{path.name}: not an episode file")
+        position, footer = len(MAGIC), path.stat().st_size - 12
+        while position < footer:
+            file.seek(position)
+            head = file.read(5)  # the length, and the tag of the one field that is set
+            begin, length = position + 4, int.from_bytes(head[:4], "little")
+            kind = kinds.get(head[4] >> 3)
+            position = begin + length
+            if position > footer or kind is None:
+                raise DamagedEpisode(f"{path.name}: the record at {begin} is cut, or of an unknown kind")
+            spans[kind].append((begin, length))
+    return spans
 
 
 def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:

@@ -12,7 +12,7 @@ import pytest
 
 from protos import episode_pb2
 from protos.codec import decode_tensor, encode_tensor
-from protos.episode_file import MAGIC, DamagedEpisode, EpisodeWriter, read_episode
+from protos.episode_file import MAGIC, DamagedEpisode, EpisodeReader, EpisodeWriter, read_episode
 
 START = episode_pb2.EpisodeStart(episode_id="e-1", task="libero_object/3", initial_state="17", seed=5, tick_rate_hz=20)
 END = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_SUCCESS, terminal=True)
@@ -111,6 +111,22 @@ def test_a_file_with_bytes_appended_is_refused(path):
     path.write_bytes(data + b"\0")
     with pytest.raises(DamagedEpisode):
         read_episode(path)
+
+
+def test_records_are_read_one_by_one_as_they_were_written(path):
+    whole, reader = read_episode(write(path)), EpisodeReader(path)
+    assert (reader.start, reader.end, len(reader)) == (whole.start, whole.end, 3)
+    assert [reader.decision(d) for d in range(len(reader))] == whole.decisions
+    with pytest.raises(IndexError):
+        reader.decision(3)
+
+
+def test_a_file_cut_at_any_byte_is_refused_by_who_reads_only_parts(path):
+    data = write(path, decisions=1).read_bytes()
+    for kept in range(len(data)):
+        path.write_bytes(data[:kept])
+        with pytest.raises(DamagedEpisode, match=r"^000001\.episode: "):
+            EpisodeReader(path)
 
 
 def signed(*records: bytes, count: int | None = None) -> bytes:

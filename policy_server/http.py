@@ -1,0 +1,168 @@
+"""The HTTP door: the live page and what it asks for, the metrics, and a health probe.
+
+    /                                 the page: index.html, page.css, page.js of page/, and nothing from elsewhere
+    /state                            everything about now, as JSON (policy_server/watch.py)
+    /robots/EPISODE/frame             the latest frame of an open episode, as JPEG
+    /episodes                         the stored episodes, newest first, as JSON
+    /episodes/SEQUENCE/frames/INDEX   what a stored episode's decision saw, as JPEG
+    /metrics                          for Prometheus
+    /healthz                          200 while the server serves, 503 otherwise; open to all
+
+Nothing can be changed through it.  Pictures are encoded and episodes read in one thread, however many look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from policy_server.access import TRAINERS, Guard
+from policy_server.errors import CannotStart, Forbidden, Unauthenticated
+from policy_server.logs import about
+from policy_server.refusals import note
+from policy_server.watch import Watch
+from protos.channel import is_loopback
+from protos.codec import CodecError
+from protos.episode_file import DamagedEpisode
+
+PAGE = Path(__file__).parent / "page"
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+PORT = re.compile(r":\d+$")
+NOW = {"Cache-Control": "no-store"}
+FOR_GOOD = {"Cache-Control": "private, max-age=86400, immutable"}
+FLUSH_S = 1.0
+"""How long the last replies may take to leave."""
+
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="VLA-RL: any name, and a token of role trainer or admin as password"'}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpDoor:
+    """Trainers and admins come in, where the guard asks."""
+
+    def __init__(self, watch: Watch, registry: CollectorRegistry, *, guard: Guard):
+        self._watch, self._registry, self._guard = watch, registry, guard
+        self._files = {path: (PAGE / name).read_bytes() for path, (name, _) in FILES.items()}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="http")
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens; gives the port.  Raises CannotStart when the address is taken."""
+        self._is_local = is_loopback(host)
+        application = web.Application(middlewares=[self._admit])
+        application.on_response_prepare.append(_add_headers)
+        application.add_routes(
+            [
+                *(web.get(path, self._file) for path in FILES),
+                web.get("/state", self._state),
+                web.get("/robots/{episode}/frame", self._frame),
+                web.get("/episodes", self._episodes),
+                web.get(r"/episodes/{sequence:\d{1,12}}/frames/{index:\d{1,9}}", self._stored_frame),
+                web.get("/metrics", self._metrics),
+                web.get("/healthz", self._healthz),
+            ]
+        )
+        self._runner, port = await listen(application, host=host, port=port, tls=self._guard.tls)
+        self._sampling = asyncio.create_task(self._watch.sample())
+        return port
+
+    async def stop(self) -> None:
+        """Lets the last replies leave."""
+        self._sampling.cancel()
+        await self._runner.cleanup()
+        self._pool.shutdown()
+
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == "/healthz":
+            return await handler(request)
+        # A foreign page whose name was made to resolve to this machine would be let in by a browser.
+        if self._is_local and not is_loopback(PORT.sub("", request.host)):
+            raise web.HTTPMisdirectedRequest(text="this server is only for its own machine: call it localhost\n")
+        try:
+            self._guard.check(request.headers.get("Authorization"), TRAINERS)
+        except (Unauthenticated, Forbidden) as refused:
+            with about(peer=request.remote):
+                note(refused)
+            if isinstance(refused, Unauthenticated):
+                raise web.HTTPUnauthorized(text=f"{refused}\n", headers=CHALLENGE) from None
+            raise web.HTTPForbidden(text=f"{refused}\n") from None
+        return await handler(request)
+
+    async def _file(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=self._files[request.path],
+            content_type=FILES[request.path][1],
+            charset="utf-8",
+            headers={"Cache-Control": "no-cache"},
+        )
+
+    async def _state(self, request: web.Request) -> web.Response:
+        return web.json_response(self._watch.state(), headers=NOW)
+
+    async def _episodes(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._aside(self._watch.recent), headers=NOW)
+
+    async def _frame(self, request: web.Request) -> web.Response:
+        return await self._picture(NOW, self._watch.frame, request.match_info["episode"])
+
+    async def _stored_frame(self, request: web.Request) -> web.Response:
+        sequence, index = int(request.match_info["sequence"]), int(request.match_info["index"])
+        return await self._picture(FOR_GOOD, self._watch.stored_frame, sequence, index)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        body = await self._aside(encode, self._registry)
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        trouble = self._watch.trouble
+        return web.Response(text=f"{trouble or 'serving'}\n", status=503 if trouble else 200, headers=NOW)
+
+    async def _picture(self, caching: dict[str, str], encode: Callable[..., bytes], *args: Any) -> web.Response:
+        try:
+            body = await self._aside(encode, *args)
+        except (LookupError, OSError, DamagedEpisode, CodecError):
+            raise web.HTTPNotFound(text="there is no such frame\n") from None
+        return web.Response(body=body, content_type="image/jpeg", headers=caching)
+
+    def _aside(self, work: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+
+async def listen(
+    application: web.Application, *, host: str, port: int, tls: ssl.SSLContext | None
+) -> tuple[web.AppRunner, int]:
+    """Serves until the runner's cleanup(); gives the real port.  Raises CannotStart when the address is taken."""
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=FLUSH_S)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, ssl_context=tls).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise CannotStart(f"cannot listen on {host}:{port}: is another server running there?") from error
+    return runner, runner.addresses[0][1]
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
