@@ -33,6 +33,7 @@ BASE = "base"
 RUNS = {
     BASE: ("-m", "robot_client", "spec", "--help"),
     "franka": ("-c", "import robot_client.arms.franka"),
+    "openpi": ("-c", "import robot_client.openpi"),
     "realsense": ("-c", "import robot_client.cameras.realsense"),
     "so100": ("-c", "import robot_client.arms.so100"),
     "ur": ("-c", "import robot_client.arms.ur"),

@@ -42,7 +42,7 @@ from robot_client.hardware import Reading
 from robot_client.pose import Pose
 from robot_client.profile import Box, Home, Profile
 from robot_client.real_arm import RealArm
-from robot_client.rollout import Rollout
+from robot_client.rollout import EpisodeResult, Rollout
 from robot_client.servo import MotionLimits, Servo
 from tests.client.fake_camera import FakeSource
 from tests.client.fake_hardware import JOINTS, FakeHardware
@@ -172,8 +172,7 @@ def measure(policy: Server, others: Sequence[Connection], rate_hz: float, second
             for loop in (sleepy_client, sleepy_arm):
                 loop.send(arm.until_s)
             (result,) = run_real_time(arm, [ROLLOUT], client, FOLLOW)
-            if result.outcome == "error":
-                raise SystemExit(f"the episode was cut short: {result.message}")
+            require_whole(result)
             passed_s, server_s = time.monotonic() - began_s, cpu_s(policy.pid) - server_before_s
             row = {
                 "arm_rate_hz": rate_hz,
@@ -218,8 +217,14 @@ def sleepy_loop(link: Connection, address: str, rate_hz: float) -> None:
         while not episode.over:
             episode.tick()
             time.sleep(1 / RATE_HZ)
+        require_whole(episode.end())
         link.send(arm.began_s)
-        episode.end()
+
+
+def require_whole(result: EpisodeResult) -> None:
+    """What was cut short is no measurement."""
+    if result.outcome == "error":
+        raise SystemExit(f"the episode was cut short: {result.message}")
 
 
 def sleepy_servo(link: Connection, rate_hz: float) -> None:

@@ -23,14 +23,16 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from protos.channel import Credentials
 from protos.codec import ImageFormat
 from robot_client import arms, pilots
 from robot_client.arm import Arm, Task
-from robot_client.client import PolicyClient
+from robot_client.client import Client
+from robot_client.connect import OPENPI, connect
 from robot_client.doctor import Doctor, doctor
 from robot_client.drivers import run
 from robot_client.episode import EpisodeConfig
-from robot_client.errors import RobotError
+from robot_client.errors import ArmError, RobotError
 from robot_client.export import Export, export
 from robot_client.film import SUFFIXES, Film
 from robot_client.guide import guided, once_let_go
@@ -61,7 +63,8 @@ class Run:
     arm: str = "kinematic"
     """Name of an installed arm; its own flags follow."""
     server: str = "localhost:50051"
-    """HOST:PORT of the policy server."""
+    """HOST:PORT of the policy server, or openpi://HOST:PORT (robot_client/openpi.py)."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     episodes: int = 1
     """Of each task; with --leases, in all."""
     leases: bool = False
@@ -85,7 +88,7 @@ class Run:
     """For one try of any call."""
     give_up_after_s: float = 60.0
     """How long a lost server is tried again before the episode ends as an error."""
-    follow: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = field(default_factory=EpisodeConfig)
+    follow: tyro.conf.OmitArgPrefixes[EpisodeConfig] = field(default_factory=EpisodeConfig)
     record: Path | None = None
     """Also write episode files here; where the server keeps none, `episodes` if not given."""
     film: Path | None = None
@@ -105,6 +108,8 @@ class Run:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if not self.task:
             raise ValueError("task must be given at least once")
+        if self.leases and self.server.startswith(OPENPI):
+            raise ValueError(f"leases must come from a policy server of ours, openpi's have none, got {self.server}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +117,13 @@ class Spec:
     """Prints what the server says about its policy."""
 
     server: str = "localhost:50051"
-    """HOST:PORT of the policy server."""
+    """HOST:PORT of the policy server, or openpi://HOST:PORT (robot_client/openpi.py)."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     deadline_s: float = 10.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 when every episode ended, 1 when one of them ended as an error, 2 when refused before anything moved."""
+    """0 when every episode ended, 1 when one ended as an error or the run was cut short, 2 when nothing was moved."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     commands = (
         Annotated[Run, tyro.conf.subcommand("run")]
@@ -142,7 +148,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def show_spec(command: Spec, rest: Sequence[str]) -> int:
     refuse_others("spec", rest)
-    with connect(command.server, deadline_s=command.deadline_s, give_up_after_s=command.deadline_s) as client:
+    patience_s = command.deadline_s
+    client = connect(command.server, credentials=command.credentials, deadline_s=patience_s, give_up_after_s=patience_s)
+    with closing(client):
         print(describe(client.spec()))
     return 0
 
@@ -175,23 +183,53 @@ def describe(spec: PolicySpec) -> str:
     return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
 
 
+class Tally(Observer):
+    """How the episodes ended, among them the one that was under way when the run was cut short."""
+
+    def __init__(self):
+        self.outcomes: Counter[str] = Counter()
+
+    def on_end(self, result: EpisodeResult) -> None:
+        self.outcomes[result.outcome] += 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()) or "no episodes"
+
+
 def drive(command: Run, rest: Sequence[str]) -> int:
+    tally, cut_short = Tally(), ""
+    try:
+        run_all(command, rest, tally)
+    except KeyboardInterrupt:
+        cut_short = "interrupted"
+    except RobotError as error:
+        if not tally.outcomes:
+            raise
+        cut_short = str(error)
+    if cut_short:
+        logger.error("%s", cut_short)
+    logger.info("%s", tally)
+    return 1 if cut_short or tally.outcomes["error"] else 0
+
+
+def run_all(command: Run, rest: Sequence[str], tally: Tally) -> None:
+    """Every episode that is wanted.  Raises ArmError where one failed on an arm that nobody is there to see to."""
     with ExitStack() as stack:
         make, prog = arms.load(command.arm), f"robot_client run --arm {command.arm}"
         arm = stack.enter_context(closing(arms.parse(make, rest, prog=prog)))
         logger.info("%s", command)
-        client = stack.enter_context(
-            connect(
-                command.server,
-                image_format=command.image_format,
-                resize=command.resize,
-                stream=command.stream,
-                deadline_s=command.deadline_s,
-                give_up_after_s=command.give_up_after_s,
-            )
+        client = connect(
+            command.server,
+            credentials=command.credentials,
+            image_format=command.image_format,
+            resize=command.resize,
+            stream=command.stream,
+            deadline_s=command.deadline_s,
+            give_up_after_s=command.give_up_after_s,
         )
-        watching = observers(command, arm, client, stack)
-        leases = Leases(command.server, worker=worker_name(), can_run=command.task) if command.leases else None
+        stack.callback(client.close)
+        watching = [*observers(command, arm, client, stack), tally]
+        leases = leases_of(command)
         if leases:
             stack.callback(leases.close)
         work = islice(leases.rollouts(tasks(command)), command.episodes) if leases else rollouts(command)
@@ -205,21 +243,19 @@ def drive(command: Run, rest: Sequence[str]) -> int:
             watching.append(pilot)
             if isinstance(arm, RealArm):
                 arm.stopped = lambda: pilot.wish().stopped
-        outcomes: Counter[str] = Counter()
         for result in run(arm, work, client, command.follow, observers=lambda _: watching, pilot=pilot):
-            outcomes[result.outcome] += 1
             report(result, arm)
+            broken = result.arm_failed and not arm.spec.lockstep  # a simulator fails at a rollout, not for good
             if leases:
-                leases.settle(result)
-    logger.info("%s", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
-    return 1 if outcomes["error"] else 0
+                leases.settle(result, worker_failed=broken)
+            if broken and not (command.guided or (pilot and pilot.wish().stopped)):
+                raise ArmError("the run ends here: nobody is there to see to the arm (--guided waits for a person)")
 
 
-def connect(server: str, **options) -> PolicyClient:
-    try:
-        return PolicyClient(server, **options)
-    except ValueError as error:
-        raise RobotError(str(error)) from error
+def leases_of(command: Run) -> Leases | None:
+    if not command.leases:
+        return None
+    return Leases(command.server, worker=worker_name(), can_run=command.task, credentials=command.credentials)
 
 
 def tasks(command: Run) -> list[Task]:
@@ -242,7 +278,7 @@ def rollouts(command: Run) -> list[Rollout]:
     ]
 
 
-def observers(command: Run, arm: Arm, client: PolicyClient, stack: ExitStack) -> list[Observer]:
+def observers(command: Run, arm: Arm, client: Client, stack: ExitStack) -> list[Observer]:
     policy = client.spec()
     watching: list[Observer] = [Journal()]
     if command.film is not None:

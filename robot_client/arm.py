@@ -94,7 +94,9 @@ class ArmState:
     outcome: Outcome | None = None
     """Set once the arm itself knows how the episode ended (a simulator does)."""
     trouble: str = ""
-    """Why nothing may be followed now: a camera that shows nothing new, an arm that is held up; empty when it may."""
+    """Why the arm follows nobody before a hold has answered this: it was held up, or left alone; empty when it does."""
+    blind: str = ""
+    """Why its cameras cannot be relied on: a policy is not followed, but a person, who sees for himself, may drive."""
     goal_m: np.ndarray | None = None
     """(3,), where the end effector is being led, as eef_x, eef_y, eef_z; None: where it is."""
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from robot_client.errors import PolicyError
+
+T = TypeVar("T")
 
 
 class BackOff:
@@ -19,3 +26,16 @@ class BackOff:
 
     def reset(self) -> None:
         self._wait_s = self.first_s
+
+
+def persist(attempt: Callable[[], T], *, give_up_after_s: float) -> T:
+    """What the attempt gives, tried again with back-off while its PolicyError says that this may help."""
+    give_up_at, backoff = time.monotonic() + give_up_after_s, BackOff()
+    while True:
+        try:
+            return attempt()
+        except PolicyError as error:
+            wait_s = max(error.retry_after_s, backoff.next_s())
+            if not error.repeatable or time.monotonic() + wait_s > give_up_at:
+                raise
+        time.sleep(wait_s)

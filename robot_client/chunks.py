@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -60,7 +60,7 @@ class Chunks:
         self.ahead_ticks = ahead_ticks
         self._overlap = overlap
         self._entered: list[_Entered] = []
-        self._now = _Moment(ticks=0, applied=0)
+        self._now = _Moment(ticks=0, applied=0, taken=0)
         self._latest, self._latest_since = 0, self._now
         self._looks: dict[int, _Moment] = {}
 
@@ -83,14 +83,18 @@ class Chunks:
         self._looks[capture_time_ns] = self._now
 
     def adopt(self, answer: Answer) -> None:
-        """Takes in a new chunk.  Raises BadAnswer when it answers an observation that was never sent."""
+        """Takes in a new chunk, to be followed unless somebody else has moved the arm since its observation.
+
+        Raises BadAnswer when it answers an observation that was never sent.
+        """
         if answer.capture_time_ns not in self._looks:
             raise BadAnswer(
                 f"must echo one of the observations sent, {sorted(self._looks)}, got {answer.capture_time_ns}",
                 field="capture_time_ns",
             )
         entered = _Entered(answer=answer, at=self._looks[answer.capture_time_ns])
-        self._entered = [entered] if self._overlap == "latest" else [*self._live, entered]
+        if entered.at.taken == self._now.taken:
+            self._entered = [entered] if self._overlap == "latest" else [*self._live, entered]
         if answer.decision > self._latest:
             self._latest, self._latest_since = answer.decision, next(iter(self._looks.values()))
         self._looks.clear()
@@ -112,11 +116,16 @@ class Chunks:
 
     def applied(self) -> None:
         """The action that was due has been executed."""
-        self._now = _Moment(ticks=self._now.ticks + 1, applied=self._now.applied + 1)
+        self._now = replace(self._now, ticks=self._now.ticks + 1, applied=self._now.applied + 1)
 
     def held(self) -> None:
         """The policy did not act for a tick: the chunks are forgotten, for nobody vouches for them any more."""
-        self._now = _Moment(ticks=self._now.ticks + 1, applied=self._now.applied)
+        self._now = replace(self._now, ticks=self._now.ticks + 1)
+        self._entered = []
+
+    def taken_over(self) -> None:
+        """Somebody else moved the arm for a tick: the answer to what was seen before it is not followed either."""
+        self._now = replace(self._now, ticks=self._now.ticks + 1, taken=self._now.taken + 1)
         self._entered = []
 
     @property
@@ -158,6 +167,8 @@ class _Moment:
     """Since the episode began."""
 
     ticks: int
-    """Actions and holds."""
+    """Actions, whoever's, and holds."""
     applied: int
-    """Actions."""
+    """The policy's actions."""
+    taken: int
+    """Somebody else's."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc
-from protos.channel import dial
+from protos.channel import Credentials, dial
 from protos.codec import ImageFormat, encode_image, encode_tensor
 from robot_client.act_stream import ActStream
 from robot_client.answer import Answer
 from robot_client.arm import ArmSpec, Observation, Outcome
-from robot_client.backoff import BackOff
-from robot_client.errors import BadAnswer, DeadlineExceeded, PolicyError, ServerLost, of_refusal, of_rpc
+from robot_client.backoff import persist
+from robot_client.errors import BadAnswer, DeadlineExceeded, PolicyError, ServerLost, looked_into, of_refusal, of_rpc
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
 
@@ -35,9 +34,46 @@ class Opened:
     seed: int
 
 
+class Client(Protocol):
+    """What an episode asks of a policy server, whatever that speaks.  Every method may raise a PolicyError."""
+
+    image_format: ImageFormat
+    deadline_s: float
+    give_up_after_s: float
+
+    def spec(self) -> PolicySpec: ...
+
+    def start_episode(self, rollout: Rollout, arm: ArmSpec) -> Opened: ...
+
+    def ask(
+        self,
+        episode_id: str,
+        decision: int,
+        observation: Observation,
+        executed: Sequence[episode_pb2.Tick] = (),
+        *,
+        deadline_s: float | None = None,
+    ) -> Future[Answer]: ...
+
+    def end_episode(
+        self,
+        episode_id: str,
+        outcome: Outcome,
+        *,
+        terminal: bool = False,
+        executed: Sequence[episode_pb2.Tick] = (),
+        final_observation: Observation | None = None,
+        message: str = "",
+        give_up_after_s: float | None = None,
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class PolicyClient:
     """A policy server at HOST:PORT.
 
+    credentials: what it is shown, and whether calls are encrypted.  Raises ValueError where they are of no use.
     image_format: how frames travel; "raw" and "png" keep every pixel, "jpeg" takes a tenth of the bytes.
     resize: the policy's size is all that travels.  A server that stores frames as JPEG before its own resize, as the
         policies fine-tuned on LIBERO expect, then does so after it: the two differ by a few levels.
@@ -52,6 +88,7 @@ class PolicyClient:
         self,
         address: str,
         *,
+        credentials: Credentials | None = None,
         image_format: ImageFormat = "raw",
         resize: bool = False,
         stream: bool = False,
@@ -63,7 +100,8 @@ class PolicyClient:
         self.resize = resize
         self.deadline_s = deadline_s
         self.give_up_after_s = give_up_after_s
-        self._channel = dial(address)
+        self._credentials = credentials
+        self._channel = dial(address, credentials)
         self._stub = policy_pb2_grpc.PolicyStub(self._channel)
         self._stream = ActStream(self._stub, address) if stream else None
         self._spec: PolicySpec | None = None
@@ -192,17 +230,14 @@ class PolicyClient:
 
     def _persist(self, call: Callable[..., T], request: object, give_up_after_s: float | None = None) -> T:
         """The reply to an idempotent request, tried again with back-off while that may help."""
-        patience_s = self.give_up_after_s if give_up_after_s is None else give_up_after_s
-        give_up_at, backoff = time.monotonic() + patience_s, BackOff()
-        while True:
+
+        def attempt() -> T:
             try:
                 return call(request, timeout=self.deadline_s)
             except grpc.RpcError as failure:
-                error = of_rpc(failure, self.address)
-            wait_s = max(error.retry_after_s, backoff.next_s())
-            if not error.repeatable or time.monotonic() + wait_s > give_up_at:
-                raise error
-            time.sleep(wait_s)
+                raise looked_into(of_rpc(failure, self.address), self.address, self._credentials) from None
+
+        return persist(attempt, give_up_after_s=self.give_up_after_s if give_up_after_s is None else give_up_after_s)
 
 
 def encode_observation(observation: Observation, image_format: ImageFormat) -> episode_pb2.Observation:

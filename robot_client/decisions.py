@@ -13,7 +13,7 @@ from protos import episode_pb2
 from robot_client.answer import Answer
 from robot_client.arm import Observation
 from robot_client.backoff import BackOff
-from robot_client.client import PolicyClient
+from robot_client.client import Client
 from robot_client.errors import DeadlineExceeded, PolicyError, Superseded
 
 
@@ -21,10 +21,10 @@ class Decisions:
     """The decisions of one episode, once it has its episode_id.
 
     deadline_s: for one try.
-    give_up_after_s: with no answer for so long after a first failure, the failure is raised.
+    give_up_after_s: with no answer for so long after a first failure, the failure is raised; a rest is not counted.
     """
 
-    def __init__(self, client: PolicyClient, *, deadline_s: float, give_up_after_s: float):
+    def __init__(self, client: Client, *, deadline_s: float, give_up_after_s: float):
         self.episode_id = ""
         self.answer_s: list[float] = []
         self.trouble = ""
@@ -78,6 +78,14 @@ class Decisions:
             self._first_asked_s, self._carried = time.monotonic(), len(self._unreported)
         self._observation = observation
         self._send()
+
+    def rest(self) -> None:
+        """Nothing is asked for now: what is due is as if first asked, and never failed, when it is asked for again."""
+        if self._pending is not None:
+            return
+        self._failing_since_s = None
+        if self.open:
+            self._first_asked_s = time.monotonic()
 
     def poll(self) -> Answer | None:
         """The answer, once.  Raises the PolicyError after which asking again is useless."""

@@ -1,7 +1,7 @@
 """What would stop a run on an arm, found before anything moves: packages, profile, cameras, arm, clock, server, disk.
 
 Each check gives findings, a line each: ok, warn or FAIL, with what to do about it.  Nothing is commanded, and nothing
-is left at the server.  An arm is opened as for a run: a Robotiq gripper that is not active yet moves its fingers then.
+is left at the server.  An arm is opened as for a run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import tyro
 
+from protos.channel import Credentials
 from protos.codec import ImageFormat
 from robot_client import arms, cameras, errors
 from robot_client.arm import Arm, ArmSpec, Observation
@@ -55,6 +57,8 @@ REMEDIES = {
     errors.UnknownCamera: "see its --camera",
     errors.ArmError: "switch it on, let it be controlled from here, see [hardware]; clear a fault at the robot itself",
     errors.ServerLost: "start the server (python -m policy_server serve), or mend --server",
+    errors.NotAdmitted: "ask whoever keeps the server's --tokens",
+    errors.TlsMismatch: "mend it on either side",
     errors.PolicyError: "see the server's log, and the network between",
     RobotError: "mend it",
 }
@@ -75,6 +79,7 @@ class Doctor:
     """Name of an installed arm; its own flags follow."""
     server: str = "localhost:50051"
     """HOST:PORT of the policy server."""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
     image_format: ImageFormat = "raw"
     """How frames will travel."""
     resize: bool = False
@@ -183,8 +188,9 @@ class Patient:
 
     @once
     def client(self) -> PolicyClient:
-        how = {"image_format": self.config.image_format, "resize": self.config.resize}
-        return self._kept(PolicyClient(self.config.server, **how, deadline_s=SERVER_S, give_up_after_s=0))
+        config = self.config
+        how = {"credentials": config.credentials, "image_format": config.image_format, "resize": config.resize}
+        return self._kept(PolicyClient(config.server, **how, deadline_s=SERVER_S, give_up_after_s=0))
 
     @once
     def policy(self) -> PolicySpec:

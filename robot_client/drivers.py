@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from robot_client.arm import Arm
 from robot_client.cadence import Cadence
-from robot_client.client import PolicyClient
+from robot_client.client import Client
 from robot_client.episode import Episode, EpisodeConfig
 from robot_client.observer import Observer
 from robot_client.pilot import Pilot
@@ -30,7 +30,7 @@ def no_observers(rollout: Rollout) -> Sequence[Observer]:
 def run(
     arm: Arm,
     rollouts: Iterable[Rollout],
-    client: PolicyClient,
+    client: Client,
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
@@ -45,7 +45,7 @@ def run(
 def run_real_time(
     arm: Arm,
     rollouts: Iterable[Rollout],
-    client: PolicyClient,
+    client: Client,
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
@@ -69,7 +69,7 @@ def run_real_time(
 def run_lockstep(
     arms: Sequence[Arm],
     rollouts: Iterable[Rollout],
-    client: PolicyClient,
+    client: Client,
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,

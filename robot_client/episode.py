@@ -22,7 +22,7 @@ from protos import episode_pb2
 from robot_client.answer import Answer
 from robot_client.arm import Arm, ArmState, Observation, Outcome
 from robot_client.chunks import Chunks, Overlap, ticks_ahead
-from robot_client.client import Opened, PolicyClient
+from robot_client.client import Client, Opened
 from robot_client.decisions import Decisions
 from robot_client.errors import ArmError, PolicyError, SpecMismatch
 from robot_client.observer import Observer
@@ -69,6 +69,7 @@ class Ending:
     outcome: Outcome
     terminal: bool = False
     message: str = ""
+    arm_failed: bool = False
 
 
 class Episode:
@@ -81,7 +82,7 @@ class Episode:
         self,
         arm: Arm,
         rollout: Rollout,
-        client: PolicyClient,
+        client: Client,
         spec: PolicySpec,
         config: EpisodeConfig,
         observers: Sequence[Observer] = (),
@@ -96,6 +97,7 @@ class Episode:
         self._observers = observers
         self._pilot = pilot
         self._wish = NOTHING
+        self._held_up = ""
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
         self._measures_latency = config.ahead_ticks is None
@@ -173,7 +175,9 @@ class Episode:
                 return
             if not self._lockstep or self._answer_is_due:
                 self._take_in(self._decisions.poll())
-            if self._chunks.wants_observation and self._decisions.may_ask and self._policy_may_act:
+            if not self._policy_may_act:
+                self._decisions.rest()
+            elif self._chunks.wants_observation and self._decisions.may_ask:
                 self._ask()
 
     def move(self) -> None:
@@ -186,6 +190,7 @@ class Episode:
             else:
                 tick = self._follow()
             self._ticks += 1
+            self._held_up = tick.reason if tick.source == episode_pb2.SOURCE_HOLD and self._policy_is_kept_out else ""
             self._decisions.executed(tick)
             for observer in self._observers:
                 observer.on_tick(self._state, tick)
@@ -225,6 +230,7 @@ class Episode:
             wall_s=time.monotonic() - self._started_s,
             answer_s=tuple(self._decisions.answer_s),
             message=self.ending.message,
+            arm_failed=self.ending.arm_failed,
         )
         for observer in self._observers:
             observer.on_end(result)
@@ -236,7 +242,13 @@ class Episode:
 
     @property
     def _policy_may_act(self) -> bool:
-        return not (self._state.trouble or self._wish.stopped or self._wish.action_A is not None)
+        state, wish = self._state, self._wish
+        return not (state.trouble or state.blind or wish.stopped or wish.action_A is not None)
+
+    @property
+    def _policy_is_kept_out(self) -> bool:
+        """True while the arm stands still for a reason that is not the policy's."""
+        return not self._policy_may_act or self._gate.frozen or bool(self._decisions.trouble)
 
     @property
     def _latency_in_ticks(self) -> int:
@@ -251,9 +263,11 @@ class Episode:
             return Ending(outcome=self._wish.outcome, terminal=self._wish.outcome != "error", message="said a person")
         if state.outcome is not None:
             return Ending(outcome=state.outcome, terminal=state.outcome != "error")
-        if self.rollout.task.max_ticks and self._ticks >= self.rollout.task.max_ticks:
-            return Ending(outcome="failure", terminal=False)
-        return None
+        if not self.rollout.task.max_ticks or self._ticks < self.rollout.task.max_ticks:
+            return None
+        if self._held_up:
+            return Ending(outcome="error", message=f"time ran out while the arm was held: {self._held_up}")
+        return Ending(outcome="failure", terminal=False)
 
     def _take_in(self, answer: Answer | None) -> None:
         if answer is not None:
@@ -267,6 +281,7 @@ class Episode:
         observation = self.arm.observe()
         self._gate.looked(observation.capture_time_ns)
         if self._gate.frozen:
+            self._decisions.rest()
             return
         self._chunks.looked(observation.capture_time_ns)
         if not self._decisions.open:
@@ -293,7 +308,10 @@ class Episode:
         return tick
 
     def _obey(self, action_A: np.ndarray) -> episode_pb2.Tick:
-        """A person's action, within the same limits as the policy's; the chunk under way is forgotten."""
+        """A person's action, within the same limits as the policy's; the chunk under way is forgotten.
+
+        The arm's own trouble is answered by a hold first.
+        """
         verdict = self._gate.admit_person(action_A, self._state)
         if verdict.action_A is None:
             return self._hold(verdict.reason)
@@ -305,7 +323,7 @@ class Episode:
             source=episode_pb2.SOURCE_HUMAN,
             reason=verdict.reason,
         )
-        self._chunks.held()
+        self._chunks.taken_over()
         self._clips += bool(verdict.reason)
         self._human += 1
         return tick
@@ -342,4 +360,5 @@ class Episode:
         try:
             yield
         except (ArmError, PolicyError) as error:
-            self.ending = Ending(outcome="error", message=f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            self.ending = Ending(outcome="error", message=message, arm_failed=isinstance(error, ArmError))

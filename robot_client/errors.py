@@ -12,6 +12,8 @@ RobotError
 ├── SpecMismatch          policy and arm do not fit; raised before anything moves
 └── PolicyError           the policy server gave no usable answer (code, field, message, retry_after_s)
     ├── BadRequest        the request is at fault, or its episode is unknown: repeating it is useless
+    ├── NotAdmitted       the server wants a token, another one, or one of another role
+    ├── TlsMismatch       the two sides cannot agree on TLS: a certificate is not good, or only one side speaks it
     ├── BadAnswer         the answer breaks the contract: the server is at fault, the arm must not follow it
     ├── Superseded        a newer observation of the same episode took its place
     ├── Overloaded        the server's queue is full; says when to try again
@@ -28,6 +30,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from protos import policy_pb2
+from protos.channel import Credentials, tls_trouble
 
 REFUSAL_METADATA = "vla-rl-refusal-bin"
 
@@ -84,6 +87,14 @@ class BadRequest(PolicyError):
     """The request is at fault, or its episode is unknown to the server."""
 
 
+class NotAdmitted(PolicyError):
+    """The server wants a token, another one, or one of another role; the message says which."""
+
+
+class TlsMismatch(PolicyError):
+    """The two sides cannot agree on TLS; the message says why, and what to do."""
+
+
 class BadAnswer(PolicyError):
     """The answer breaks the contract."""
 
@@ -125,8 +136,8 @@ OF_CODE: dict[int, type[PolicyError]] = {
     grpc.StatusCode.FAILED_PRECONDITION.value[0]: BadRequest,
     grpc.StatusCode.OUT_OF_RANGE.value[0]: BadRequest,
     grpc.StatusCode.UNIMPLEMENTED.value[0]: BadRequest,
-    grpc.StatusCode.UNAUTHENTICATED.value[0]: BadRequest,
-    grpc.StatusCode.PERMISSION_DENIED.value[0]: BadRequest,
+    grpc.StatusCode.UNAUTHENTICATED.value[0]: NotAdmitted,
+    grpc.StatusCode.PERMISSION_DENIED.value[0]: NotAdmitted,
     grpc.StatusCode.ABORTED.value[0]: Superseded,
     grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
@@ -154,3 +165,14 @@ def of_rpc(error: grpc.RpcError, address: str) -> PolicyError:
     code = error.code()
     kind = OF_CODE.get(code.value[0], ServerFault)
     return kind(f"{address}: {code.name}: {error.details()}")
+
+
+def looked_into(error: PolicyError, address: str, credentials: Credentials | None) -> PolicyError:
+    """The same error; or a TlsMismatch where that is why a server seems lost.
+
+    It asks the server, for up to two seconds: not for whoever has an arm to move meanwhile.
+    """
+    says_why = error.retry_after_s > 0
+    if isinstance(error, ServerLost) and not says_why and (trouble := tls_trouble(address, credentials)):
+        return TlsMismatch(trouble)
+    return error

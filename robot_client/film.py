@@ -9,13 +9,13 @@ from PIL import Image
 
 from robot_client.arm import Observation
 from robot_client.observer import Observer
-from robot_client.rollout import EpisodeResult
+from robot_client.rollout import EpisodeResult, Rollout
 
 SUFFIXES = (".gif", ".png", ".webp")
 
 
 class Film(Observer):
-    """Keeps a frame at each decision, its cameras side by side, and writes the film at the end of the episode."""
+    """Keeps a frame at each decision, its cameras side by side, and writes the film at the end of each episode."""
 
     def __init__(self, path: Path, *, frames_per_s: float = 10.0):
         if path.suffix not in SUFFIXES:
@@ -23,6 +23,9 @@ class Film(Observer):
         self._path = path
         self._frame_ms = round(1000 / frames_per_s)
         self._frames: list[Image.Image] = []
+
+    def on_start(self, rollout: Rollout, episode_id: str) -> None:
+        self._frames.clear()
 
     def on_observation(self, observation: Observation) -> None:
         frames = [observation.images[name] for name in sorted(observation.images)]

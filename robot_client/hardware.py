@@ -47,11 +47,17 @@ class Hardware(Protocol):
         ...
 
     def servo(self, pose: Pose, twist_6: np.ndarray) -> None:
-        """The set point of this period, in the base frame: where to be, and how fast (m/s, rad/s) it moves there."""
+        """The set point of this period, in the base frame: where to be, and how fast (m/s, rad/s) it moves there.
+
+        One that the robot does not take, for what came since read(), is a fault of the next reading.
+        """
         ...
 
     def stop(self) -> None:
-        """Ends servo() or move_joints(): comes to rest at once, stays under power.  Does nothing when at rest."""
+        """Ends servo() or move_joints(): comes to rest at once, stays under power.  Does nothing when at rest.
+
+        With a fault, too, which stays.
+        """
         ...
 
     def move_joints(self, joints_J: np.ndarray, speed: float) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import grpc
 
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
-from protos.channel import dial
+from protos.channel import Credentials, dial
 from robot_client.arm import Task
-from robot_client.errors import PolicyError, of_rpc
+from robot_client.errors import PolicyError, looked_into, of_rpc
 from robot_client.rollout import EpisodeResult, Purpose, Rollout
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,18 @@ class Leases:
     worker: a name of its own.  can_run: tasks, or suites as "libero_object/*".
     """
 
-    def __init__(self, address: str, *, worker: str, can_run: Sequence[str], deadline_s: float = 10.0):
+    def __init__(
+        self,
+        address: str,
+        *,
+        worker: str,
+        can_run: Sequence[str],
+        credentials: Credentials | None = None,
+        deadline_s: float = 10.0,
+    ):
         self._address, self._worker, self._can_run = address, worker, tuple(can_run)
-        self._deadline_s = deadline_s
-        self._channel = dial(address)
+        self._credentials, self._deadline_s = credentials, deadline_s
+        self._channel = dial(address, credentials)
         self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
         self._held: set[str] = set()
         self._lease_s = 1.0
@@ -86,7 +94,7 @@ class Leases:
         try:
             reply = self._stub.LeaseRollout(request, timeout=self._deadline_s + wait_s)
         except grpc.RpcError as failure:
-            raise of_rpc(failure, self._address) from None
+            raise looked_into(of_rpc(failure, self._address), self._address, self._credentials) from None
         if not reply.HasField("rollout"):
             return None
         self._lease_s = reply.lease_ms / 1e3
@@ -109,12 +117,15 @@ class Leases:
             if (lease := self.await_one()) is not None:
                 yield lease.rollout_of(replace(by_name[lease.rollout.task], initial_state=lease.rollout.initial_state))
 
-    def settle(self, result: EpisodeResult) -> None:
-        """The rollout of a lease has ended: what never became an episode goes back to the queue."""
+    def settle(self, result: EpisodeResult, *, worker_failed: bool = False) -> None:
+        """The rollout of a lease has ended: what never became an episode goes back to the queue.
+
+        worker_failed: through no fault of the rollout, which is therefore not held against it.
+        """
         if result.episode_id:
             self.let_go(result.rollout.lease_id)
         else:
-            self.give_back(result.rollout.lease_id, result.message)
+            self.give_back(result.rollout.lease_id, "" if worker_failed else result.message)
 
     def let_go(self, lease_id: str) -> None:
         """Its episode has ended: it is renewed no more."""

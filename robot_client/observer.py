@@ -18,7 +18,7 @@ class Observer:
         """A decision is due: this has been sent."""
 
     def on_answer(self, answer: Answer) -> None:
-        """A new chunk is being followed."""
+        """A decision has been answered: its chunk is followed, unless a person has moved the arm meanwhile."""
 
     def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
         """`state` was the arm's before this tick was executed."""

@@ -16,7 +16,8 @@
     low_m = [0.25, -0.35, 0.02]
     high_m = [0.75, 0.35, 0.6]
 
-The other tables have defaults: every limit is on.
+The other tables have defaults, which limit speed, reach and step.  No default knows the joints' limits: the profiles in
+docs/profiles state them, as [motion] joints_low_rad and joints_high_rad.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Home:
 
     joints_rad: tuple[float, ...]
     opening: float = 1.0
-    """Of the gripper: 0 closed, 1 open."""
+    """The policy's gripper: 0 closed, 1 open."""
     speed: float = 0.2
     """Fraction of the robot's full speed."""
     patience_s: float = 30.0
@@ -116,7 +117,7 @@ class Gripper:
     finger_m: float = 0.04
     """How far each finger is from the middle when open: the policy's state entries finger_left, finger_right."""
     low: float = 0.0
-    """The least and the most opening that is ever asked for."""
+    """The least and the most opening that the robot's gripper is ever told: binary, its closed and its open."""
     high: float = 1.0
 
     def __post_init__(self) -> None:
@@ -125,6 +126,21 @@ class Gripper:
                 "0 <= low < high <= 1, hysteresis in [0, 0.5) and finger_m above 0 are needed, "
                 f"got {self.low}, {self.high}, {self.hysteresis} and {self.finger_m}"
             )
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The policy's gripper is let through so far: all of it where it only says which of the two."""
+        return (0.0, 1.0) if self.binary else (self.low, self.high)
+
+    def decided(self, asked: float, *, before: float) -> float:
+        """What the policy's gripper amounts to, given what it was before."""
+        if not self.binary:
+            return asked
+        return before if abs(asked - 0.5) <= self.hysteresis else float(asked > 0.5)
+
+    def told(self, gripper: float) -> float:
+        """What the robot's is told for the policy's."""
+        return self.low + gripper * (self.high - self.low) if self.binary else gripper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +169,9 @@ class Profile:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.slow_start_s < math.inf:
             raise ValueError(f"slow_start_s must be at least 0 and finite, got {self.slow_start_s}")
+        low, high = self.gripper.range
+        if not low <= self.home.opening <= high:
+            raise ValueError(f"home.opening must be within the gripper's {low} to {high}, got {self.home.opening}")
 
 
 def read_profile(path: Path) -> Profile:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,10 @@ from robot_client import cameras
 from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limits, Observation, Task, Workspace
 from robot_client.cadence import CadenceReport
 from robot_client.camera import Camera
-from robot_client.errors import ArmError, BadProfile
+from robot_client.errors import ArmError, BadProfile, CameraError, RobotError
 from robot_client.hardware import Hardware
 from robot_client.pose import Pose
-from robot_client.profile import Gripper, Profile, read_profile
+from robot_client.profile import Profile, read_profile
 from robot_client.servo import Status
 from robot_client.servo_process import ServoLink
 
@@ -75,11 +77,13 @@ class RealArm:
         self._servo = ServoLink(make, profile.hardware, profile.motion, tick_s=self._tick_s)
         self._instruction = ""
         self._tick = 0
-        self._status = self._servo.status()
-        self._opening = self._status.reading.opening
-        if (joints := len(self._status.reading.joints_J)) != len(profile.home.joints_rad):
+        try:
+            self._status = self._servo.status()
+            require_angles(profile, len(self._status.reading.joints_J))
+        except RobotError:
             self.close()
-            raise BadProfile(f"home.joints_rad must have {joints} angles, got {len(profile.home.joints_rad)}")
+            raise
+        self._gripper = self._status.reading.opening
 
     @classmethod
     def of(cls, arm: str, make: Callable[..., Hardware], config: RealArmConfig) -> RealArm:
@@ -87,8 +91,14 @@ class RealArm:
         profile = read_profile(config.profile)
         if profile.arm != arm:
             raise BadProfile(f"{config.profile}: arm must be {arm!r}, got {profile.arm!r}")
-        opened = [cameras.parse(text) for text in config.camera]
-        return cls(make, profile, {camera.name: camera for camera in opened}, dry_run=config.dry_run)
+        names = [text.partition("=")[0] for text in config.camera]
+        if len(set(names)) < len(names):
+            raise CameraError(f"each --camera must have a name of its own, got {names}")
+        with ExitStack() as stack:
+            opened = [stack.enter_context(closing(cameras.parse(text))) for text in config.camera]
+            made = cls(make, profile, {camera.name: camera for camera in opened}, dry_run=config.dry_run)
+            stack.pop_all()  # the cameras are the arm's now
+        return made
 
     @property
     def spec(self) -> ArmSpec:
@@ -102,9 +112,10 @@ class RealArm:
         if self._dry_run:
             return
         home = self._profile.home
-        self._opening = home.opening
+        self._gripper, opening = home.opening, self._profile.gripper.told(home.opening)
         joints_J, until_s = np.array(home.joints_rad), time.monotonic() + home.patience_s
-        while self._command(self._servo.go_home, joints_J, home.speed, home.opening, self._expires_s).moving:
+        go_home = partial(self._servo.go_home, joints_J, home.speed, opening)
+        while (status := self._command(go_home, self._expires_s)).moving or status.trouble:  # one came late: the next
             late = f"the robot has not come home in {home.patience_s:g} s" if time.monotonic() > until_s else ""
             if trouble := self.stopped() or late:
                 self._servo.release()
@@ -114,11 +125,11 @@ class RealArm:
 
     def state(self) -> ArmState:
         status = self._read()
-        troubles = [status.trouble, *(camera.trouble() for camera in self._cameras.values())]
         return ArmState(
             tick=self._tick,
             state_S=self._state_S(status),
-            trouble="; ".join(filter(None, troubles)),
+            trouble=status.trouble,
+            blind="; ".join(filter(None, (camera.trouble() for camera in self._cameras.values()))),
             goal_m=self._seen_by_policy(status.goal).position_m,
         )
 
@@ -140,11 +151,11 @@ class RealArm:
         # The policy's axes are those of its own frame: a move and a turn are vectors there.
         to_base = self._base.rotation.T
         change_6 = np.concatenate([to_base @ action_A[:3] * scale.metres, to_base @ action_A[3:6] * scale.radians])
-        opening = opening_of(float(action_A[6]), self._opening, self._profile.gripper)
-        if self._command(self._servo.go, change_6, opening, self._expires_s).trouble:
+        gripper = self._profile.gripper.decided(float(action_A[6]), before=self._gripper)
+        if self._command(self._servo.go, change_6, self._profile.gripper.told(gripper), self._expires_s).trouble:
             return self._still_A()  # it came in between, and nothing was sent
-        self._opening = opening
-        return action_A
+        self._gripper = gripper
+        return np.append(action_A[:6], gripper).astype(np.float32)
 
     def hold(self) -> np.ndarray:
         self._command(self._servo.hold)
@@ -202,12 +213,21 @@ class RealArm:
         return np.concatenate([eef.position_m, eef.rotation_vector_rad, fingers, joints_J]).astype(np.float32)
 
     def _still_A(self) -> np.ndarray:
-        return np.array([0.0] * 6 + [self._opening], np.float32)
+        return np.array([0.0] * 6 + [self._gripper], np.float32)
+
+
+def require_angles(profile: Profile, joints: int) -> None:
+    """Raises BadProfile where a list of the profile's has not one angle for each of the robot's joints."""
+    home_J, low_J = profile.home.joints_rad, profile.motion.joints_low_rad  # joints_high_rad has as many as the latter
+    for name, angles_J in (("home.joints_rad", home_J), ("motion.joints_low_rad", low_J)):
+        if len(angles_J) not in (joints, 0):
+            raise BadProfile(f"{name} must have {joints} angles, got {len(angles_J)}")
 
 
 def arm_spec(profile: Profile, image_names: tuple[str, ...]) -> ArmSpec:
     """What the profile promises, with its limits in units of the action."""
-    scale, motion, gripper = profile.scale, profile.motion, profile.gripper
+    scale, motion = profile.scale, profile.motion
+    closed, opened = profile.gripper.range
     return ArmSpec(
         name=profile.arm,
         action_names=ACTION_NAMES,
@@ -216,8 +236,8 @@ def arm_spec(profile: Profile, image_names: tuple[str, ...]) -> ArmSpec:
         tick_rate_hz=profile.tick_rate_hz,
         lockstep=False,
         limits=Limits(
-            low=(-profile.step,) * 6 + (gripper.low,),
-            high=(profile.step,) * 6 + (gripper.high,),
+            low=(-profile.step,) * 6 + (closed,),
+            high=(profile.step,) * 6 + (opened,),
             workspace=Workspace(
                 low_m=profile.workspace.low_m, high_m=profile.workspace.high_m, metres_per_unit=scale.metres
             ),
@@ -226,12 +246,3 @@ def arm_spec(profile: Profile, image_names: tuple[str, ...]) -> ArmSpec:
             slow_start_ticks=round(profile.slow_start_s * profile.tick_rate_hz),
         ),
     )
-
-
-def opening_of(asked: float, opening: float, gripper: Gripper) -> float:
-    """What the gripper is told, given what the policy asks for and what it was told last."""
-    if not gripper.binary:
-        return asked
-    if abs(asked - 0.5) <= gripper.hysteresis:
-        return opening
-    return gripper.high if asked > 0.5 else gripper.low

@@ -59,5 +59,7 @@ class EpisodeResult:
     """For each decision, from the first request to its answer."""
     message: str
     """For an error, what went wrong."""
+    arm_failed: bool = False
+    """For an error, whether it was the arm's: an ArmError."""
     cadence: CadenceReport | None = None
     """How well the loop kept its rate; None in lockstep."""

@@ -97,13 +97,15 @@ class SafetyGate:
 
     def admit_person(self, action_A: np.ndarray, state: ArmState) -> Verdict:
         """The same limits for a person, who sees for himself what the cameras do not."""
+        if state.trouble:
+            return Verdict(action_A=None, reason=state.trouble)
         if not np.isfinite(action_A).all():
             return Verdict(action_A=None, reason=f"not finite: {self._name_first(~np.isfinite(action_A), action_A)}")
         return self._clip(action_A, state)
 
     def _reason_to_hold(self, planned: Planned | None, state: ArmState, now_ns: int) -> str:
-        if state.trouble:
-            return state.trouble
+        if state.trouble or state.blind:
+            return "; ".join(filter(None, (state.trouble, state.blind)))
         if self.frozen:
             return f"camera frozen: {self._identical} observations with one capture time"
         if planned is None:

@@ -39,7 +39,7 @@ class MotionLimits:
     leash_rad: float = 0.3
     """No goal is turned farther than this from the robot: what an arm of five joints cannot turn does not add up."""
     joints_low_rad: tuple[float, ...] = ()
-    """Measured joints beyond these hold; empty: the controller's own limits alone."""
+    """Measured joints beyond these hold, one number for each; empty: the controller's own limits alone."""
     joints_high_rad: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,6 +51,10 @@ class MotionLimits:
             raise ValueError(
                 "joints_low_rad and joints_high_rad must be as many, "
                 f"got {len(self.joints_low_rad)} and {len(self.joints_high_rad)}"
+            )
+        if not np.less(self.joints_low_rad, self.joints_high_rad).all():
+            raise ValueError(
+                f"joints_low_rad must be below joints_high_rad, got {self.joints_low_rad} and {self.joints_high_rad}"
             )
 
 
@@ -145,9 +149,9 @@ class Servo:
     def go(self, change_6: np.ndarray, opening: float, expires_s: float) -> None:
         """Moves the goal by (m, rad) along the axes of the base, and the gripper to an opening.
 
-        Does nothing in trouble: a hold must answer that first.
+        Does nothing in trouble, or where it has expired already, which is one: a hold must answer that first.
         """
-        if self._trouble:
+        if self._trouble or not self._is_vouched_for(expires_s):
             return
         if self._set_point is None:
             self.release()
@@ -155,14 +159,15 @@ class Servo:
             self._reading = self._hardware.read()  # a person may have moved it since the last
             self._set_point = SetPoint(self._reading.pose, 1 / self._hardware.rate_hz, self._limits)
         self._goal = self._leashed((self._goal or self._set_point.pose).moved(change_6))
-        self._expires_s = expires_s
         if change_6.any():  # else the goal before is due when it was
             self._due_s = self._clock_s() + SMOOTHING_TICKS * self._tick_s
         self._grip(opening)
 
     def go_home(self, joints_J: np.ndarray, speed: float, opening: float, expires_s: float) -> None:
         """Sets out for these joint positions (rad); renewed by the same call, or it stops when it expires."""
-        self._trouble, self._expires_s = "", expires_s
+        if not self._is_vouched_for(expires_s):
+            return
+        self._trouble = ""
         self._grip(opening)
         if self._joints_J is not None and np.array_equal(self._joints_J, joints_J):
             return
@@ -193,7 +198,7 @@ class Servo:
         """One period: reads the robot, and gives it its next set point."""
         self._reading = self._hardware.read()
         if self._reading.fault:
-            self._set_point = self._goal = self._joints_J = None
+            self.release()
         elif self._joints_J is not None:
             self._step_home(self._joints_J)
         else:
@@ -218,12 +223,20 @@ class Servo:
             self._set_point.towards(self._goal, self._due_s - self._clock_s())
         self._hardware.servo(self._set_point.pose, self._set_point.twist_6)
 
+    def _is_vouched_for(self, expires_s: float) -> bool:
+        """Takes a command up, or says what is the trouble with one that has waited too long on its way."""
+        self._expires_s = expires_s
+        if trouble := self._expiry():
+            self._trouble, self._goal = trouble, None
+        return not trouble
+
     def _silence(self) -> str:
         """The dead man: nobody stands behind the goal any more."""
+        return "" if self._goal is None and self._joints_J is None else self._expiry()
+
+    def _expiry(self) -> str:
         late_s = self._clock_s() - self._expires_s
-        if late_s <= 0 or (self._goal is None and self._joints_J is None):
-            return ""
-        return f"no word from the client: its last command expired {1e3 * late_s:.0f} ms ago"
+        return f"no word from the client: its last command expired {1e3 * late_s:.0f} ms ago" if late_s > 0 else ""
 
     def _hindrance(self) -> str:
         """Something holds the robot up: the next goal starts from where it is."""

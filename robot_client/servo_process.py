@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -47,7 +48,11 @@ class ServoLink:
         self._process.start()
         theirs.close()
         self._asked = 0
-        self._reply(START_S)
+        try:
+            self._reply(START_S)
+        except ArmError:
+            self.close()
+            raise
 
     def status(self) -> Status:
         return self._call("status")
@@ -66,6 +71,7 @@ class ServoLink:
         return self._call("release")
 
     def recover(self) -> Status:
+        """Clears a fault, or an error that has ended the servo's work, where its cause is gone."""
         return self._call("recover", patience_s=START_S)
 
     def cadence(self) -> CadenceReport:
@@ -106,15 +112,17 @@ def _serve(
     link: Connection, make: Callable[..., Hardware], settings: Mapping[str, Any], limits: MotionLimits, tick_s: float
 ) -> None:
     """The process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the client too, which closes the link in good order
+    os.setsid()  # a terminal's Ctrl-C, Ctrl-Z or hang-up is the client's alone: its silence, or its end, tells of it
     signal.signal(signal.SIGTERM, lambda *_: link.close())
-    try:
-        hardware = make(**settings)
-    except (ArmError, TypeError, ValueError) as error:
-        link.send((0, ArmError(f"{make.__name__}: {error}")))
-        return
-    with contextlib.suppress(EOFError, OSError), contextlib.closing(hardware):
-        _Attendant(link, hardware, limits, tick_s).run()
+    with contextlib.ExitStack() as stack:
+        try:
+            hardware = stack.enter_context(contextlib.closing(make(**settings)))
+            attendant = _Attendant(link, hardware, limits, tick_s)
+        except (ArmError, TypeError, ValueError) as error:
+            link.send((0, ArmError(f"{make.__name__}: {error}")))
+            return
+        with contextlib.suppress(EOFError, OSError):
+            attendant.run()
 
 
 class _Attendant:
@@ -122,6 +130,7 @@ class _Attendant:
 
     def __init__(self, link: Connection, hardware: Hardware, limits: MotionLimits, tick_s: float):
         self._link = link
+        self._hardware = hardware
         self._servo = Servo(hardware, limits, tick_s=tick_s)
         self._rate_hz = hardware.rate_hz
         self._failure: ArmError | None = None
@@ -134,8 +143,10 @@ class _Attendant:
             try:
                 if self._failure is None:
                     self._servo.step()
+                else:
+                    self._hardware.stop()  # again and again, until the robot has heard it
             except ArmError as error:
-                self._failure = error  # every further call is answered with it
+                self._failure = self._failure or error  # every further call but recover is answered with it
             self._cadence.wait()
 
     def _attend(self, pause_s: float) -> None:
@@ -149,11 +160,12 @@ class _Attendant:
             self._link.send((asked, reply))
 
     def _answer(self, name: str, arguments: tuple) -> Status | CadenceReport:
-        if self._failure is not None:
+        if self._failure is not None and name != "recover":
             raise self._failure
         if name == "cadence":
             report, self._cadence = self._cadence.report(), Cadence(self._rate_hz, sleep=self._attend)
             return report
         if name != "status":
             getattr(self._servo, name)(*arguments)
+            self._failure = None
         return self._servo.status

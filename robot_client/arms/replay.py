@@ -123,7 +123,7 @@ class ReplayArm:
             logger.info("%s", self.deviation())
 
     def _observation(self) -> Observation:
-        """The latest one that the recording had taken by this tick."""
+        """Of the latest decision whose actions are counted from this tick, or from one before it."""
         d = int(np.searchsorted(self._due_ticks, self._tick, side="right")) - 1
         message = self._episode.decisions[d].observation
         state = codec.decode_tensor(message.state, "state") if message.state.data else np.zeros(0, np.float32)
@@ -136,9 +136,10 @@ class ReplayArm:
 
 
 def due_ticks(episode: Episode) -> list[int]:
-    """For each decision, the tick at which its observation was taken: its first executed tick, less that one's index.
+    """For each decision, the tick that its actions are counted from: its first executed tick, less that one's index.
 
-    A decision of which nothing was executed takes the place of the one before it.
+    Its observation was taken then, or earlier by the ticks for which the arm has held since.  A decision of which
+    nothing was executed takes the place of the one before it.
     """
     first: dict[int, int] = {}
     for position, tick in enumerate(episode.ticks):

@@ -47,7 +47,7 @@ class RobotiqGripper:
         open_position: int = 3,
         closed_position: int = 230,
     ):
-        """Activates the gripper unless it is active, which moves its fingers; may take ACTIVATION_S.
+        """Moves nothing: a gripper that is not active, or has a fault, is left to a person, who has it recover().
 
         speed, force: 0 to 255.  open_position, closed_position: where the empty fingers really end.
         Raises ArmError.
@@ -61,7 +61,7 @@ class RobotiqGripper:
         self._speed, self._force = speed, force
         self._open_position, self._closed_position = open_position, closed_position
         self._goals: deque[int] = deque(maxlen=1)
-        self._connect()
+        self._connect(activate=False)
 
     @property
     def opening(self) -> float:
@@ -72,9 +72,11 @@ class RobotiqGripper:
     @property
     def fault(self) -> str:
         """Why it will not move until recover(); empty when it will."""
+        if self._lost:
+            return self._lost
         if self._code:
             return f"gripper fault 0x{self._code:02X}: {FAULTS.get(self._code, 'not in the manual')}"
-        return self._lost
+        return "" if self._stage == ACTIVE else "the gripper is not activated; clearing this moves its fingers"
 
     def move(self, opening: float) -> None:
         """Sets out for an opening."""
@@ -82,10 +84,13 @@ class RobotiqGripper:
         self._goals.append(round(self._closed_position - opening * travel))
 
     def recover(self) -> None:
-        """Connects again and clears a fault, which moves the fingers; raises ArmError."""
+        """Connects again, clears a fault and activates, which moves the fingers and may take ACTIVATION_S.
+
+        Raises ArmError, and there is a fault as before.
+        """
         if self.fault:
             self.close()
-            self._connect()
+            self._connect(activate=True)
 
     def close(self) -> None:
         """Leaves the fingers where they are."""
@@ -93,15 +98,17 @@ class RobotiqGripper:
         self._thread.join(ANSWER_S)
         self._link.close()
 
-    def _connect(self) -> None:
-        self._position, self._code, self._lost = self._open_position, 0, ""
+    def _connect(self, *, activate: bool) -> None:
         self._goals.clear()
         try:
             self._link = socket.create_connection(self._address, ANSWER_S)
-            self._activate()
-            self._position = self._get("POS")
+            if activate:
+                self._activate()
+            self._look()
         except (OSError, ValueError) as error:
-            raise ArmError(f"no gripper at {self._address[0]}:{self._address[1]}: {error}") from error
+            self._lost = f"no gripper at work at {self._address[0]}:{self._address[1]}: {error}"
+            raise ArmError(self._lost) from error
+        self._lost = ""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._attend, name="gripper", daemon=True)
         self._thread.start()
@@ -115,15 +122,18 @@ class RobotiqGripper:
         until_s = time.monotonic() + ACTIVATION_S
         while self._get("STA") != ACTIVE:
             if time.monotonic() > until_s:
-                raise ArmError(f"the gripper is not active {ACTIVATION_S:g} s after it was told to be")
+                raise TimeoutError(f"it is not active {ACTIVATION_S:g} s after it was told to be")
             time.sleep(PERIOD_S)
+
+    def _look(self) -> None:
+        self._position, self._code, self._stage = self._get("POS"), self._get("FLT"), self._get("STA")
 
     def _attend(self) -> None:
         try:
             while not self._closing.wait(PERIOD_S):
                 if self._goals:
                     self._set(f"POS {self._goals.pop()} SPE {self._speed} FOR {self._force} GTO 1")
-                self._position, self._code = self._get("POS"), self._get("FLT")
+                self._look()
         except (OSError, ValueError) as error:
             self._lost = f"lost the gripper at {self._address[0]}:{self._address[1]}: {error}"
 

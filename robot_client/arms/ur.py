@@ -1,8 +1,10 @@
 """A Universal Robots arm (e-Series, CB3) through ur_rtde (the extra `ur`), with or without Robotiq's gripper.
 
-The arm must be in remote control, under power and with its brakes released.  ur_rtde uploads a script and hands it
-commands through registers: a handshake takes some 10 ms, a stop until the arm is at rest, a missing script 3 s.  So a
-thread of our own gives the commands, in the order in which they came; of set points only the latest counts.
+The arm must be in remote control, under power and with its brakes released.  A gripper that is not active is a fault.
+
+ur_rtde uploads a script and hands it commands through registers: a handshake takes some 10 ms, a stop until the arm is
+at rest, a missing script 3 s.  So a thread of our own gives the commands, in the order in which they came; of set
+points only the latest counts.
 
 The controller's watchdog guards every motion.  Only servo() feeds it while the arm is led, so a silent caller stops the
 arm; at rest, and in move_joints() as long as read() is called, the thread does.
@@ -14,6 +16,7 @@ doing so, and may crash.  It is told not to upload scripts by itself, so that it
 from __future__ import annotations
 
 import contextlib
+import platform
 import queue
 import threading
 import time
@@ -23,15 +26,19 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from dashboard_client import DashboardClient
-from rtde_control import RTDEControlInterface
-from rtde_receive import RTDEReceiveInterface
 
 from robot_client.arms.robotiq import RobotiqGripper
 from robot_client.errors import ArmError
 from robot_client.hardware import Reading
 from robot_client.pose import Pose
 from robot_client.real_arm import RealArm, RealArmConfig
+
+try:
+    from dashboard_client import DashboardClient
+    from rtde_control import RTDEControlInterface
+    from rtde_receive import RTDEReceiveInterface
+except ImportError as error:
+    raise ImportError(f"{error}; ur_rtde is for Python 3.12 or older, this is {platform.python_version()}") from error
 
 VARIABLES = ["timestamp", "actual_q", "actual_TCP_pose", "robot_mode", "safety_mode", "runtime_state"]
 SAFETY_MODES = (

@@ -7,6 +7,8 @@ Switched off in the SDK: what waits for the arm to move on, and what clears an e
 
 What the SDK is asked takes a round trip (1 to 3 ms to a real arm): servo() one, stop() five, of which the first stops.
 begin() right after stop(), and move_joints(), wait for a change of mode; recover() waits for the brakes.
+
+A fault stays until recover(), whatever the controller says later; a set point that is refused is one.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class XArmHardware:
         self.rate_hz = rate_hz
         self._host, self._patience_s = host, patience_s
         self._report = _Report(at_s=-math.inf, state=STOP, mode=POSITION, pose_6=[], joints_7=[])
-        self._mode, self._entered_s, self._moving = POSITION, -math.inf, False
+        self._mode, self._entered_s, self._moving, self._fault = POSITION, -math.inf, False, ""
         self._gripper = GRIPPERS["none"](None)
         self._arm = _connect(host)
         try:
@@ -108,11 +110,12 @@ class XArmHardware:
         if age_s > self._patience_s:
             raise ArmError(f"the xArm at {self._host} has said nothing for {age_s:.2f} s")
         report = self._report
+        self._fault = self._fault or self._look(report)
         return Reading(
             pose=_pose(report.pose_6),
             joints_J=np.array(report.joints_7[: self._arm.axis]),
             opening=self._gripper.opening,
-            fault=self._fault(report),
+            fault=self._fault,
         )
 
     def begin(self) -> None:
@@ -126,22 +129,26 @@ class XArmHardware:
         if step_m > MAX_STEP_M:
             raise ArmError(f"a set point must be within {MAX_STEP_M:g} m of the one before, got {step_m:.4f} m")
         goal_6 = [*(1e3 * pose.position_m), *pose.rotation_vector_rad]
-        self._require(self._arm.set_servo_cartesian_aa(goal_6, is_radian=True), "a set point")
-        self._set_point_m = pose.position_m
+        try:
+            self._require(self._arm.set_servo_cartesian_aa(goal_6, is_radian=True), "a set point")
+            self._set_point_m = pose.position_m
+        except ArmError as error:  # as when something happened since the last read()
+            self._fault = self._fault or str(error)
 
     def stop(self) -> None:
         if self._moving:
             self._require(self._arm.set_state(STOP), "a stop")
             self._moving = False
-            self._enter(SERVO)
+            if not self._fault:  # else it stays stopped: to make it ready is to clear what others have done
+                self._enter(SERVO)
 
     def move_joints(self, joints_J: np.ndarray, speed: float) -> None:
         if len(joints_J) != self._arm.axis:
             raise ArmError(f"the xArm at {self._host} has {self._arm.axis} joints, got {len(joints_J)} positions")
         self._settle(POSITION)
+        self._moving = True  # whatever becomes of the answer
         code = self._arm.set_servo_angle(angle=list(joints_J), speed=speed * MAX_SPEED_RAD_S, is_radian=True)
         self._require(code, f"joint positions {np.round(joints_J, 3).tolist()}")
-        self._moving = True
 
     def grip(self, opening: float) -> None:
         self._gripper.move(opening)
@@ -150,7 +157,7 @@ class XArmHardware:
         for clear in (self._arm.clean_error, self._arm.clean_warn, self._gripper.recover):
             clear()
         self._arm.motion_enable(True)
-        self._moving = False
+        self._moving, self._fault = False, ""
         self._enter(SERVO)
         self._complaint()  # else the SDK goes on by the old code
 
@@ -167,7 +174,8 @@ class XArmHardware:
             at_s=time.monotonic(), state=told["state"], mode=self._arm.mode, pose_6=pose_6, joints_7=joints_7
         )
 
-    def _fault(self, report: _Report) -> str:
+    def _look(self, report: _Report) -> str:
+        """What keeps the arm from moving; empty when nothing does."""
         stopped = report.state not in READY
         if (stopped or self._arm.has_err_warn) and (complaint := self._complaint()):
             return complaint

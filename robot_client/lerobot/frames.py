@@ -1,7 +1,8 @@
 """An episode as frames of a LeRobot data set (protos/lerobot.py): one for each observation that was acted on.
 
-Every executed tick belongs to the frame of the latest observation at that time.  An observation of which nothing was
-executed makes no frame.  Shapes: F frames of an episode, M ticks of a frame, K actions of A numbers in an answer.
+Every executed tick belongs to the latest observation whose actions are counted from it or from a tick before it: what
+was held while an answer was awaited, to the one before.  An observation of which nothing was executed makes no frame.
+Shapes: F frames of an episode, M ticks of a frame, K actions of A numbers in an answer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Frame:
 
     decision: episode_pb2.Decision
     tick: int
-    """Ticks executed before it."""
+    """Ticks executed before its own (robot_client/arms/replay.py: due_ticks)."""
     ticks: Sequence[episode_pb2.Tick]
     """At least one."""
 
@@ -121,7 +122,7 @@ class Survey:
                 "a LeRobot data set has one fps, but observations are "
                 f"{dict(sorted(self.apart.items()))} (ticks apart: how often) at {rate_hz:g} ticks a second; "
                 "with --fps the timestamps are nominal, and the column "
-                f"{lerobot.TICK!r} says when an observation was taken"
+                f"{lerobot.TICK!r} says after how many ticks an observation was acted on"
             )
         return rate_hz / next(iter(self.apart), self.most_ticks)
 

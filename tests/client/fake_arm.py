@@ -48,6 +48,8 @@ class FakeArm:
         self.fail_reset = fail_reset
         self.tick_s = tick_s
         self.camera_works = True
+        self.trouble = ""  # until a hold answers it
+        self.blind = ""
         self.position_m = np.zeros(3)
         self.log: list[str] = []
         self.applied: list[np.ndarray] = []
@@ -64,7 +66,13 @@ class FakeArm:
 
     def state(self) -> ArmState:
         done = self.succeed_at is not None and self._tick >= self.succeed_at
-        return ArmState(tick=self._tick, state_S=self._state(), outcome="success" if done else None)
+        return ArmState(
+            tick=self._tick,
+            state_S=self._state(),
+            outcome="success" if done else None,
+            trouble=self.trouble,
+            blind=self.blind,
+        )
 
     def observe(self) -> Observation:
         self.looks += 1
@@ -84,6 +92,7 @@ class FakeArm:
 
     def hold(self) -> np.ndarray:
         self._step("hold")
+        self.trouble = ""
         return np.zeros(len(self.spec.action_names), np.float32)
 
     def close(self) -> None:

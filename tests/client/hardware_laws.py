@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,6 +59,11 @@ class HardwareLaws:
 
     @pytest.fixture
     def hardware(self) -> Hardware:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def ail(self, hardware: Hardware) -> Callable[[], None]:
+        """Makes something go wrong with the robot that it tells of, and that need not stop it."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -138,6 +144,18 @@ class HardwareLaws:
         resting_J = ring.servo.status.reading.joints_J
         ring.run(0.3)
         np.testing.assert_allclose(ring.servo.status.reading.joints_J, resting_J, atol=0.005)
+
+    def test_a_fault_on_the_way_home_is_at_rest_soon_and_stays_until_a_person_clears_it(self, ring, ail):
+        ring.servo.go_home(self.home_J + 0.5, 0.1, 1.0, time.monotonic() + 60)
+        ring.run(0.2)
+        ail()
+        ring.wait_until(lambda: ring.servo.status.reading.fault, 5.0)
+        ring.run(0.3)
+        resting = ring.servo.status.reading
+        assert np.abs(resting.joints_J - self.home_J - 0.5).max() > 0.05, "it has come home before it could be stopped"
+        ring.run(0.3)
+        np.testing.assert_allclose(ring.servo.status.reading.joints_J, resting.joints_J, atol=0.005)
+        assert not ring.servo.status.moving and ring.servo.status.reading.fault == resting.fault
 
     def test_the_gripper_closes_and_opens_while_the_arm_is_led(self, ring):
         for opening in (0.0, 1.0):

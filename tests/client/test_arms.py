@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 import time
 
 import numpy as np
@@ -177,3 +179,11 @@ def test_an_unknown_arm_is_refused_with_those_there_are():
 def test_the_names_everyone_relies_on():
     assert len(ACTION_NAMES) == 7 and ACTION_NAMES[-1] == "gripper"
     assert len(STATE_NAMES) == 8 and STATE_NAMES[:3] == ("eef_x", "eef_y", "eef_z")
+
+
+def test_an_arm_whose_package_is_not_made_for_every_python_says_for_which(monkeypatch):
+    """Its extra installs nothing on a newer one."""
+    monkeypatch.delitem(sys.modules, "robot_client.arms.ur", raising=False)
+    monkeypatch.setitem(sys.modules, "dashboard_client", None)
+    with pytest.raises(UnknownArm, match=rf"ur_rtde is for Python 3\.12 or older, this is {platform.python_version()}"):
+        arms.load("ur")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from robot_client.cadence import Cadence
+from robot_client.cadence import KEPT, Cadence
 
 
 class Clock:
@@ -68,6 +68,17 @@ def test_deadlines_that_passed_during_a_long_overrun_are_skipped_and_counted(cad
     report = cadence.report()
     assert report.missed == 2  # 0.2 and 0.3; 0.4 is kept, late by 50 ms
     assert report.late_max_ms == pytest.approx(50) and report.ticks == 4
+
+
+def test_a_loop_that_runs_for_days_remembers_its_latest_ticks_and_the_worst_of_all(cadence, clock):
+    clock.oversleep_s = 0.02
+    begins_of(cadence, clock, *[0.0] * 10)
+    clock.oversleep_s = 0.0
+    begins_of(cadence, clock, *[0.0] * KEPT)
+    report = cadence.report()
+    assert len(cadence._late_s) == KEPT and report.ticks == KEPT + 10
+    assert report.late_max_ms == pytest.approx(20) and report.late_p99_ms == pytest.approx(0, abs=1e-3)
+    assert report.rate_hz == pytest.approx(10)
 
 
 def test_a_loop_that_never_ran_reports_nothing_late(cadence):

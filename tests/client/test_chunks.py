@@ -192,3 +192,20 @@ def test_a_decision_is_asked_for_as_long_before_as_answers_take(answer_s, ticks)
 def test_more_than_a_chunk_holds_is_refused(options):
     with pytest.raises(ValueError, match="must be in"):
         Chunks(chunk_length=4, **options)
+
+
+@pytest.mark.parametrize("overlap", ["in_order", "latest", "blend"])
+def test_what_was_seen_before_somebody_else_moved_the_arm_is_answered_but_not_followed(overlap):
+    chunks = Chunks(chunk_length=4, ahead_ticks=3, overlap=overlap)
+    chunks.looked(100)
+    chunks.adopt(answer(0, 100))
+    follow(chunks, 1)
+    chunks.looked(200)
+    chunks.taken_over()
+    chunks.looked(300)  # the same decision asked again
+    chunks.adopt(answer(1, 200))
+    assert chunks.next() is None and chunks.wants_observation
+    assert chunks.since_decision == (1, 1)
+    chunks.looked(400)
+    chunks.adopt(answer(2, 400))
+    assert follow(chunks, 5) == [20, 21, 22, 23, None]

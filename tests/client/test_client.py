@@ -43,6 +43,8 @@ def test_an_answer_names_its_episode_decision_capture_time_and_version(client, o
         (grpc.StatusCode.INVALID_ARGUMENT, errors.BadRequest),
         (grpc.StatusCode.FAILED_PRECONDITION, errors.BadRequest),
         (grpc.StatusCode.NOT_FOUND, errors.BadRequest),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.NotAdmitted),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.NotAdmitted),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Overloaded),
         (grpc.StatusCode.ABORTED, errors.Superseded),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from protos import episode_pb2, rollout_pb2
 from protos.episode_file import read_episode
+from robot_client import arms
 from robot_client.__main__ import main
+from tests.client.fake_arm import FakeArm, spec_of
+from tests.client.scripted_policy import small_move
 from tests.client.test_real_server import ScriptedModel
 from tests.server.running import serving
 
@@ -87,10 +92,10 @@ def test_how_to_follow_is_set_by_flags(server, policy):
     assert len(policy.only_episode.answers) == 2
 
 
-def test_a_film_shows_what_the_policy_saw(server, policy, tmp_path):
+def test_a_film_shows_what_the_policy_saw_in_the_last_episode(server, policy, tmp_path):
     policy.action_of = lambda decision: np.array([0, 0.5, 0, 0, 0, 0, 1.0])  # identical frames would become one
     film = tmp_path / "films" / "kinematic.gif"
-    flags = ["--max-ticks", "12", "--lockstep", "--film", str(film)]
+    flags = ["--episodes", "2", "--max-ticks", "12", "--lockstep", "--film", str(film)]
     assert main(["run", "--server", server.address, "--task", "t", *flags]) == 0
     with Image.open(film) as image:
         assert image.size == (224, 224)
@@ -103,6 +108,61 @@ def test_an_episode_that_ends_as_an_error_gives_exit_code_1(server, policy, capl
     policy.spec.action_tokens.bins = 128
     assert main(["run", "--server", server.address, "--task", "t", "--lockstep"]) == 1
     assert "BadAnswer" in caplog.text
+
+
+@pytest.fixture
+def broken_arm(offer):
+    offer(f"[{arms.ARMS.group}]\nbroken = tests.client.test_command_line:BrokenArm\n")
+
+
+class BrokenArm(FakeArm):
+    """A real one, whose brakes stay on."""
+
+    def __init__(self, *, tick_rate_hz: float = 20.0):
+        super().__init__(spec_of(lockstep=False, tick_rate_hz=tick_rate_hz), fail_reset=True)
+
+
+def test_where_nobody_sees_to_the_arm_its_fault_ends_the_run(server, policy, caplog, broken_arm):
+    flags = ["--task", "bowl", "--episodes", "5", "--arm", "broken"]
+    assert main(["run", "--server", server.address, *flags]) == 1
+    assert "the brakes are on" in caplog.text and "nobody is there to see to the arm" in caplog.text
+    assert caplog.messages[-1] == "1 error"
+
+
+def test_a_broken_arm_leaves_the_rollout_queue_as_it_was(tmp_path, broken_arm):
+    """A rollout is set aside after three errors."""
+    with serving(ScriptedModel(), episodes=tmp_path) as server:
+        work = rollout_pb2.Rollout(rollout_id="run/0/0", task="bowl", purpose="PURPOSE_TRAIN", temperature=0.5)
+        server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=[work]))
+        for _ in range(3):
+            assert main(["run", "--server", server.address, "--task", "bowl", "--leases", "--arm", "broken"]) == 1
+        queue = server.rollouts.GetQueue(rollout_pb2.GetQueueRequest())
+    assert (queue.waiting, queue.leased, queue.done, list(queue.set_aside)) == (1, 0, 0, [])
+
+
+def test_a_run_cut_short_between_episodes_says_how_the_others_ended(server, policy, caplog):
+    def slower(decision: int) -> np.ndarray:
+        policy.spec.tick_rate_hz = 10
+        return small_move(decision)
+
+    policy.action_of = slower
+    flags = ["--task", "bowl", "--episodes", "3", "--max-ticks", "4", "--lockstep"]
+    assert main(["run", "--server", server.address, *flags]) == 1
+    assert "trained at 10 Hz, kinematic ticks at 20 Hz" in caplog.text
+    assert caplog.messages[-1] == "1 failure"
+
+
+def test_ctrl_c_ends_the_episode_under_way_as_an_error_and_says_how_all_ended(server, policy, caplog):
+    def interrupting(decision: int) -> np.ndarray:
+        if decision == 2:
+            signal.raise_signal(signal.SIGINT)
+        return small_move(decision)
+
+    policy.action_of = interrupting
+    flags = ["--task", "bowl", "--episodes", "3", "--max-ticks", "200"]
+    assert main(["run", "--server", server.address, *flags]) == 1
+    assert caplog.messages[-2:] == ["interrupted", "1 error"]
+    assert policy.only_episode.end.outcome == episode_pb2.OUTCOME_ERROR
 
 
 @pytest.mark.parametrize(

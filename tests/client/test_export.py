@@ -169,6 +169,15 @@ def test_a_tick_of_an_older_answer_belongs_to_the_latest_observation(episodes, o
     assert rows["executed.is_pad"] == [[False, False, True], [False] * 3]
 
 
+def test_ticks_held_while_an_answer_was_awaited_belong_to_the_observation_before(episodes, out):
+    awaited = [tick(0, 2, 0, source=HOLD), tick(0, 3, 0, source=HOLD)]
+    write(episodes, "e", [[tick(0, 0, 0.1), tick(0, 1, 0.2)], [*awaited, tick(1, 0, 0.3)]])
+    write_dataset(Export(episodes=(episodes,), out=out))
+    rows = frames(out).to_pydict()
+    assert rows["tick"] == [0, 4]
+    np.testing.assert_allclose(rows["action"], [[0.1, -0.1], [0.3, -0.3]])
+
+
 def test_an_observation_of_which_nothing_was_executed_makes_no_frame_and_loses_no_tick(episodes, out):
     write(episodes, "e", [[tick(0, 0, 0.1), tick(0, 1, 0.2)], [], [tick(2, 0, 0.3)]])
     summary = write_dataset(Export(episodes=(episodes,), out=out))

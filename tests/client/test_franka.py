@@ -103,6 +103,10 @@ class TestFranka(HardwareLaws):
     def hardware(self, hardware):
         return hardware
 
+    @pytest.fixture
+    def ail(self, hardware: FrankaHardware):
+        return lambda: setattr(hardware._hand, "fault", "hand: stuck")
+
 
 def until(done: Callable[[], object], patience_s: float = 10.0) -> None:
     until_s = time.monotonic() + patience_s

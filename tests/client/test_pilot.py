@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+import grpc
 import numpy as np
 import pytest
 
 from protos import episode_pb2
+from robot_client.client import PolicyClient
 from robot_client.drivers import run
 from robot_client.episode import EpisodeConfig
+from robot_client.observer import Observer
 from robot_client.pilot import Wish
 from tests.client.conftest import rollout_of
-from tests.client.fake_arm import FakeArm
+from tests.client.fake_arm import FakeArm, spec_of
+from tests.client.scripted_policy import Refuse
 
 LEFT = np.array([0, 0.5, 0, 0, 0, 0, 1], np.float32)
 
@@ -68,3 +73,68 @@ def test_stopped_nothing_moves_and_the_policy_is_not_asked(client, policy):
 def test_let_go_the_policy_goes_on_with_a_new_observation(client, policy):
     arm, result = run_one(client, lambda tick: Wish(stopped="wait" if 2 <= tick < 5 else ""))
     assert len(arm.applied) == 9 and result.holds == 3 and result.decisions == 3
+
+
+def test_an_answer_from_before_a_takeover_is_never_followed(client, policy):
+    """Asked at tick 4 and answered at tick 6; at tick 5 the person drives."""
+    wish_of = {5: Wish(action_A=LEFT)}
+    _, result = run_one(client, lambda tick: wish_of.get(tick, Wish()), ahead_ticks=2, latency_ticks=2)
+    ticks = policy.only_episode.ticks
+    hold, human, by_policy = episode_pb2.SOURCE_HOLD, episode_pb2.SOURCE_HUMAN, episode_pb2.SOURCE_POLICY
+    assert [tick.source for tick in ticks] == [hold] * 2 + [by_policy] * 3 + [human] + [hold] * 2 + [by_policy] * 4
+    assert {tick.decision for tick in ticks if tick.source == by_policy} == {0, 2}
+    assert sorted(policy.only_episode.answers) == list(range(result.decisions))
+
+
+def test_the_arms_own_trouble_is_answered_by_a_hold_before_a_person_drives_on(client, policy):
+    arm = FakeArm()
+
+    class Hinders(Observer):
+        def on_tick(self, state, tick):
+            arm.trouble = "held up by something" if state.tick == 4 else ""
+
+    pilot = Script(arm, lambda tick: Wish(action_A=LEFT))
+    [result] = run(arm, [rollout_of(max_ticks=8)], client, pilot=pilot, observers=lambda _: [Hinders()])
+    ticks = policy.only_episode.ticks
+    hold, human = episode_pb2.SOURCE_HOLD, episode_pb2.SOURCE_HUMAN
+    assert [tick.source for tick in ticks] == [human] * 5 + [hold] + [human] * 2
+    assert ticks[5].reason == "held up by something" and (result.holds, result.human) == (1, 7)
+
+
+def test_blind_the_policy_is_not_followed_but_a_person_may_drive(client, policy):
+    arm = FakeArm()
+    arm.blind = "camera front: no frame for 0.4 s"
+    pilot = Script(arm, lambda tick: Wish(action_A=LEFT if tick >= 3 else None))
+    [result] = run(arm, [rollout_of(max_ticks=8)], client, pilot=pilot)
+    ticks = policy.only_episode.ticks
+    assert [tick.reason for tick in ticks] == [arm.blind] * 3 + [""] * 5
+    assert (result.holds, result.human, result.outcome) == (3, 5, "failure") and not policy.only_episode.requests
+
+
+def test_time_that_runs_out_while_a_person_has_stopped_the_arm_is_nobodys_failure(client, policy):
+    _, result = run_one(client, lambda tick: Wish(stopped="the dog is in" if tick >= 10 else ""))
+    assert (result.outcome, result.ticks) == ("error", 12)
+    assert result.message == "time ran out while the arm was held: stopped: the dog is in"
+
+
+def test_a_stop_that_was_let_go_in_time_leaves_a_failure_a_failure(client, policy):
+    _, result = run_one(client, lambda tick: Wish(stopped="the dog is in" if 2 <= tick < 10 else ""))
+    assert (result.outcome, result.ticks) == ("failure", 12)
+
+
+def test_while_nothing_is_asked_no_clock_runs(server, policy):
+    """Stopped, after a first failure, for longer than a lost server is put up with."""
+    policy.script[1] = [Refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full")] * 2
+    arm, stopped_s, give_up_after_s = FakeArm(spec_of(lockstep=False)), [], 0.5
+
+    def wish_of(tick: int) -> Wish:
+        if not stopped_s and any(request.decision == 1 for request in policy.only_episode.requests):
+            stopped_s.append(time.monotonic())
+        is_stopped = bool(stopped_s) and time.monotonic() < stopped_s[0] + 1.5 * give_up_after_s
+        return Wish(stopped="wait" if is_stopped else "")
+
+    with PolicyClient(server.address, deadline_s=5, give_up_after_s=give_up_after_s) as client:
+        [result] = run(arm, [rollout_of(max_ticks=40)], client, pilot=Script(arm, wish_of))
+    assert result.outcome == "failure" and result.decisions > 1
+    assert [request.decision for request in policy.only_episode.requests].count(1) == 3
+    assert result.answer_s[1] < give_up_after_s

@@ -204,7 +204,7 @@ def test_a_takeover_leaves_the_gripper_as_the_policy_had_it_until_the_person_gri
 def test_what_was_pressed_before_an_episode_is_not_about_it_but_a_stop_stays(client, policy, pilot, devices):
     devices[0].pressed = Gesture(outcome="success", stops="the button", drive_6=np.zeros(6), grips=True)
     arm, result = run_one(client, pilot)
-    assert (result.outcome, result.ticks, result.holds) == ("failure", 12, 12) and not arm.applied
+    assert (result.outcome, result.ticks, result.holds) == ("error", 12, 12) and not arm.applied
 
 
 # By name.

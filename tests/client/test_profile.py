@@ -85,6 +85,11 @@ joints_high_rad = [1, 1, 1]
         ("[home]", "[home]\nspeed = 2.0", r"home: .*speed in \(0, 1\].*got 1\.0, 2\.0"),
         ("[home]", "[scale]\nmetres = -1\n[home]", r"scale: metres must be above 0 and finite, got -1"),
         ("[home]", "[gripper]\nbinary = 1\n[home]", r"gripper\.binary must be true or false, got 1"),
+        (
+            "[home]",
+            "[gripper]\nbinary = false\nhigh = 0.8\n[home]",
+            r"home\.opening must be within the gripper's 0\.0 to 0\.8, got 1\.0",
+        ),
         ("[home]", "[home", r"lab\.toml: .*line"),
     ],
 )
@@ -111,5 +116,8 @@ def test_an_example_suits_the_arm_it_is_named_after(path):
         module = sys.modules[arms.load(profile.arm).__module__]
     except UnknownArm as error:
         pytest.skip(str(error))
+    motion = profile.motion
+    inside = zip(motion.joints_low_rad, profile.home.joints_rad, motion.joints_high_rad, strict=True)
+    assert all(low < at < high for low, at, high in inside)
     (hardware,) = [each for name, each in vars(module).items() if name.lower() == f"{path.stem}hardware"]
     inspect.signature(hardware).bind(**profile.hardware)

@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 
+from robot_client import cameras
 from robot_client.arm import STATE_NAMES
 from robot_client.camera import Camera
-from robot_client.errors import ArmError, BadProfile
+from robot_client.errors import ArmError, BadProfile, RobotError
 from robot_client.profile import Box, Frame, Gripper, Home, Profile, Scale
-from robot_client.real_arm import RealArm, opening_of
+from robot_client.real_arm import RealArm, RealArmConfig, arm_spec
+from robot_client.servo import MotionLimits
 from tests.client.fake_camera import FakeSource
 from tests.client.fake_hardware import HOME, JOINTS, FakeHardware
 from tests.client.test_arms import TASK, ArmLaws
@@ -122,15 +124,41 @@ def test_the_goal_runs_ahead_of_the_arm(arm):
 
 
 @pytest.mark.parametrize(
-    ("asked", "before", "opening"),
+    ("asked", "before", "decided"),
     [(0.9, 0.0, 1.0), (0.1, 1.0, 0.0), (0.55, 0.0, 0.0), (0.45, 1.0, 1.0), (0.65, 0.0, 1.0)],
 )
-def test_a_binary_gripper_changes_only_well_past_the_middle(asked, before, opening):
-    assert opening_of(asked, before, Gripper()) == opening
+def test_a_binary_gripper_changes_only_well_past_the_middle(asked, before, decided):
+    assert Gripper().decided(asked, before=before) == decided
 
 
-def test_a_gripper_that_is_not_binary_goes_where_it_is_told():
-    assert opening_of(0.3, 1.0, Gripper(binary=False)) == 0.3
+@pytest.mark.parametrize(
+    ("gripper", "asked", "sent", "opening"),
+    [
+        (Gripper(), [0.3, 0.55, 0.8, 0.45], [0, 0, 1, 1], [0, 0, 1, 1]),
+        (Gripper(low=0.55, high=0.8), [0.3, 0.55, 0.8, 0.45], [0, 0, 1, 1], [0.55, 0.55, 0.8, 0.8]),
+        (Gripper(binary=False, low=0.2), [0.3, 0.55, 0.8], [0.3, 0.55, 0.8], [0.3, 0.55, 0.8]),
+    ],
+    ids=["binary", "binary within a range", "any opening"],
+)
+def test_what_the_gripper_was_told_is_what_apply_says_in_the_policys_terms(gripper, asked, sent, opening):
+    arm = arm_of(gripper=gripper)
+    arm.reset(TASK)
+    time.sleep(0.05)
+    assert arm.state().state_S[6] == pytest.approx(gripper.high * gripper.finger_m)
+    told = []
+    for one, other in zip(asked, sent, strict=True):
+        np.testing.assert_allclose(arm.apply(np.array([0, 0, 0, 0, 0, 0, one], np.float32)), [0] * 6 + [other])
+        np.testing.assert_allclose(arm.hold(), [0] * 6 + [other])
+        time.sleep(0.05)
+        told.append(arm.state().state_S[6] / gripper.finger_m)
+    np.testing.assert_allclose(told, opening, rtol=1e-6)
+    arm.close()
+
+
+@pytest.mark.parametrize(("binary", "limits"), [(True, (0, 1)), (False, (0.2, 0.8))])
+def test_a_gripper_that_only_opens_and_closes_is_not_clipped_to_where_it_does_so(binary, limits):
+    profile = profile_of(gripper=Gripper(binary=binary, low=0.2, high=0.8), home=Home(joints_rad=(0.0,), opening=0.5))
+    assert (arm_spec(profile, ()).limits.low[6], arm_spec(profile, ()).limits.high[6]) == limits
 
 
 def test_what_a_servo_in_trouble_did_not_take_was_not_sent(arm):
@@ -144,17 +172,17 @@ def test_what_a_servo_in_trouble_did_not_take_was_not_sent(arm):
     np.testing.assert_array_equal(arm.apply(forward), forward)
 
 
-def test_a_camera_in_trouble_is_the_arms_trouble_and_passes():
+def test_a_camera_in_trouble_makes_the_arm_blind_and_it_passes():
     source = FakeSource(fps=200.0)
     arm = arm_of(source=source)
     arm.reset(TASK)
-    assert arm.state().trouble == ""
+    assert arm.state().blind == ""
     source.frozen = True
     time.sleep(0.1)
-    assert arm.state().trouble.startswith("camera agentview: frozen")
+    assert arm.state().blind.startswith("camera agentview: frozen") and arm.state().trouble == ""
     source.frozen = False
     time.sleep(0.1)
-    assert arm.state().trouble == ""
+    assert arm.state().blind == ""
     arm.close()
 
 
@@ -182,7 +210,7 @@ def test_a_fault_is_an_error_until_a_person_clears_it(tmp_path):
             arm.reset(TASK)
     arm.recover()
     arm.reset(TASK)
-    assert arm.apply(STILL) is STILL
+    np.testing.assert_array_equal(arm.apply(STILL), STILL)
     arm.close()
 
 
@@ -198,6 +226,17 @@ def test_a_person_stops_it_on_its_way_home():
     arm.close()
 
 
+def test_a_word_that_came_too_late_on_the_way_home_is_followed_by_the_next(monkeypatch):
+    home_J = JOINTS + 0.1
+    arm = arm_of(home=Home(joints_rad=tuple(home_J), speed=1.0))
+    late_s = iter([1.0])
+    expiry = property(lambda _: time.monotonic() + 0.5 - next(late_s, 0.0))
+    monkeypatch.setattr(RealArm, "_expires_s", expiry)
+    arm.reset(TASK)
+    np.testing.assert_allclose(arm.state().state_S[len(STATE_NAMES) :], home_J, atol=0.01)
+    arm.close()
+
+
 def test_a_home_that_is_never_reached_is_an_error():
     arm = arm_of(home=Home(joints_rad=(3.0, 3.0, 3.0), speed=0.01, patience_s=0.2))
     with pytest.raises(ArmError, match=r"the robot has not come home in 0\.2 s"):
@@ -208,6 +247,54 @@ def test_a_home_that_is_never_reached_is_an_error():
 def test_a_home_for_another_robot_is_refused():
     with pytest.raises(BadProfile, match=r"home\.joints_rad must have 3 angles, got 7"):
         arm_of(home=Home(joints_rad=(0.0,) * 7))
+
+
+def test_limits_for_another_robot_are_refused():
+    with pytest.raises(BadProfile, match=r"motion\.joints_low_rad must have 3 angles, got 2"):
+        arm_of(motion=MotionLimits(joints_low_rad=(-1.0, -1.0), joints_high_rad=(1.0, 1.0)))
+
+
+LAB = """
+arm = "fake"
+[hardware]
+{hardware}
+[home]
+joints_rad = [0.0, -0.5, 0.5]
+[workspace]
+low_m = [0.3, -0.2, 0.1]
+high_m = [0.7, 0.2, 0.5]
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Opens an arm as the command line does; returns what became of its cameras' sources when it was refused."""
+
+    def refused(match: str, *described: str, hardware: str = "") -> list[list[str]]:
+        profile = tmp_path / "lab.toml"
+        profile.write_text(LAB.format(hardware=hardware))
+        sources: list[FakeSource] = []
+
+        def make(*, device: str = "") -> FakeSource:
+            sources.append(FakeSource())
+            sources[-1].unplugged = device == "unplugged"
+            return sources[-1]
+
+        monkeypatch.setattr(cameras, "load", lambda _: make)
+        with pytest.raises(RobotError, match=match):
+            RealArm.of("fake", FakeHardware, RealArmConfig(profile=profile, camera=described))
+        return [source.log for source in sources]
+
+    return refused
+
+
+def test_an_arm_that_cannot_be_opened_lets_go_of_the_cameras_that_could(lab):
+    assert lab("no route", "left=fake", "right=fake", hardware='refuse = "no route"') == [["open", "close"]] * 2
+    assert lab("nothing is plugged in", "left=fake", "right=fake:unplugged") == [["open", "close"]] * 2
+
+
+def test_two_cameras_of_one_name_are_refused_before_either_is_opened(lab):
+    assert lab("each --camera must have a name of its own, got", "front=fake", "front=fake:1") == []
 
 
 def test_a_dry_run_reads_everything_and_moves_nothing():

@@ -27,6 +27,7 @@ class ScriptedModel:
     """Decision d moves by small_move(d)."""
 
     spec = policy_spec()
+    first, lanes = None, 1
 
     def prepare(self, observed):
         return None
@@ -34,7 +35,7 @@ class ScriptedModel:
     def warm_up(self):
         pass
 
-    def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
+    def decode(self, requests: list[DecodeRequest], weights: list[None], lane: int) -> list[DecodeAnswer]:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: DecodeRequest) -> DecodeAnswer:

@@ -224,6 +224,24 @@ def test_a_server_that_stays_away_ends_the_episode_as_an_error_with_the_arm_held
 
 
 @pytest.mark.parametrize(
+    ("befalls", "reason"),
+    [
+        (lambda arm, server: server.stop(), "UNAVAILABLE"),
+        (lambda arm, server: setattr(arm, "blind", "camera front: lost"), "camera front: lost"),
+        (lambda arm, server: setattr(arm, "camera_works", False), "camera frozen"),
+    ],
+    ids=["server lost", "camera lost", "camera frozen"],
+)
+def test_time_that_runs_out_while_the_arm_is_held_is_no_failure_of_the_policy(client, server, befalls, reason):
+    arm = real_arm()
+    watch = Ticks({10: lambda: befalls(arm, server)})
+    result = run_one(arm, client, watch, max_ticks=60)
+    assert (result.outcome, result.ticks) == ("error", 60) and watch.ticks[-1].source == HOLD
+    assert result.message == f"time ran out while the arm was held: {watch.ticks[-1].reason}"
+    assert reason in result.message
+
+
+@pytest.mark.parametrize(
     "trouble", [[LoseReply()], [Refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", retry_after_ms=100)]]
 )
 def test_a_retry_carries_a_newer_observation_and_the_same_ticks(client, policy, trouble):
@@ -241,7 +259,7 @@ def test_every_tick_reaches_the_server_once_however_bad_the_network(client, poli
         policy.script[d] = [LoseReply(), Refuse(grpc.StatusCode.ABORTED), Delay(0.05)]
     watch = Ticks()
     result = run_one(real_arm(), client, watch, max_ticks=100, ahead_ticks=1)
-    assert result.outcome == "failure"
+    assert result.ticks == 100
     assert list(policy.only_episode.ticks) == watch.ticks
     assert len({(tick.decision, tick.index, tick.source) for tick in watch.ticks}) == len(watch.ticks)
 

@@ -158,8 +158,16 @@ def test_an_arm_on_its_way_is_judged_by_where_it_is_led():
 
 
 def test_an_arm_in_trouble_is_held_and_says_which():
-    verdict = gate_of().admit(planned(*STILL), at(0.0, trouble="front: no frame for 0.4 s"), NOW_NS)
-    assert verdict.action_A is None and verdict.reason == "front: no frame for 0.4 s"
+    state = at(0.0, trouble="held up", blind="front: no frame for 0.4 s")
+    verdict = gate_of().admit(planned(*STILL), state, NOW_NS)
+    assert verdict.action_A is None and verdict.reason == "held up; front: no frame for 0.4 s"
+
+
+def test_a_person_is_held_in_the_arms_own_trouble_alone():
+    still_A, blind = np.array(STILL, np.float32), "front: no frame for 0.4 s"
+    assert gate_of().admit_person(still_A, at(0.0, blind=blind)).action_A is not None
+    verdict = gate_of().admit_person(still_A, at(0.0, trouble="held up", blind=blind))
+    assert verdict.action_A is None and verdict.reason == "held up"
 
 
 def test_an_observation_from_the_future_is_held():

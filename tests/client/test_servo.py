@@ -150,6 +150,23 @@ def test_a_command_that_comes_too_late_moves_nothing(ring):
     assert "expired" in ring.servo.status.trouble
 
 
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_a_command_that_comes_too_late_grips_nothing_and_takes_no_control(ring, at_rest):
+    if not at_rest:
+        ring.follow(0.01 * X, ticks=4)
+    before = list(ring.hardware.log)
+    ring.servo.go(0.01 * X, 0.0, ring.now_s - 0.001)
+    assert ring.hardware.log == before and "no word from the client" in ring.servo.status.trouble
+    ring.run(2 * TICK_S)
+    assert ring.hardware.opening == 1.0 and not ring.servo.status.moving
+
+
+def test_a_word_to_go_home_that_comes_too_late_moves_nothing(ring):
+    ring.servo.go_home(JOINTS + 0.3, 0.5, 0.0, ring.now_s - 0.001)
+    ring.run(TICK_S)
+    assert ring.hardware.log == [] and "no word from the client" in ring.servo.status.trouble
+
+
 def test_a_robot_that_is_held_up_is_not_pushed_on():
     ring = Ring(MotionLimits(leash_m=0.02))
     ring.hardware.stuck = True
@@ -196,6 +213,15 @@ def test_a_fault_ends_all_motion_and_is_not_cleared_by_a_command(ring):
     ring.follow(0.01 * X, ticks=4)
     assert len(ring.hardware.set_points) == given and ring.servo.status.reading.fault == "protective stop"
     assert "recover" not in ring.hardware.log
+
+
+def test_a_fault_stops_what_the_robot_does_by_itself(ring):
+    ring.servo.go_home(JOINTS + 3.0, 0.1, 1.0, ring.now_s + 10)
+    ring.run(0.1)
+    ring.hardware.fault = "the gripper is stuck"
+    ring.run(0.1)
+    assert ring.hardware.log[-1] == "stop" and ring.hardware.log.count("stop") == 1
+    assert not ring.servo.status.moving and ring.servo.status.reading.fault == "the gripper is stuck"
 
 
 def test_a_person_may_clear_a_fault(ring):
@@ -245,6 +271,10 @@ def test_the_gripper_is_told_only_what_is_new(ring):
         ({"speed_m_s": 0.0}, "speed_m_s must be above 0 and finite, got 0"),
         ({"leash_m": float("nan")}, "leash_m must be above 0 and finite, got nan"),
         ({"joints_low_rad": (0.0,)}, "joints_low_rad and joints_high_rad must be as many, got 1 and 0"),
+        (
+            {"joints_low_rad": (1.0, 0.0), "joints_high_rad": (2.0, -1.0)},
+            "joints_low_rad must be below joints_high_rad",
+        ),
     ],
 )
 def test_limits_that_limit_nothing_are_refused(options, message):

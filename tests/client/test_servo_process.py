@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from robot_client.errors import ArmError
+from robot_client.hardware import Reading
 from robot_client.servo import MotionLimits
 from robot_client.servo_process import ServoLink
-from tests.client.fake_hardware import HOME, FakeHardware
+from tests.client.fake_hardware import HOME, JOINTS, FakeHardware
 
 TICK_S = 0.05
 X = np.array([0.002, 0, 0, 0, 0, 0])
 
 
-def link_of(**settings) -> ServoLink:
-    return ServoLink(FakeHardware, settings, MotionLimits(), tick_s=TICK_S)
+class TellingHardware(FakeHardware):
+    """Leaves a file where it was stopped or closed; while there is one of the name `cut`, its line is silent."""
+
+    def __init__(self, *, folder: str, **settings):
+        super().__init__(**settings)
+        self._folder = Path(folder)
+
+    def read(self) -> Reading:
+        self._require_a_line()
+        return super().read()
+
+    def stop(self) -> None:
+        self._require_a_line()
+        super().stop()
+        (self._folder / "stop").touch()
+
+    def close(self) -> None:
+        (self._folder / "close").touch()
+
+    def _require_a_line(self) -> None:
+        if (self._folder / "cut").exists():
+            raise ArmError("the cable came off")
+
+
+def link_of(make=FakeHardware, **settings) -> ServoLink:
+    return ServoLink(make, settings, MotionLimits(), tick_s=TICK_S)
+
+
+def wait_until(done: Callable[[], object], patience_s: float = 20.0) -> None:
+    until_s = time.monotonic() + patience_s
+    while not done():
+        assert time.monotonic() < until_s, "it did not come"
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -59,6 +94,7 @@ def test_a_client_that_falls_silent_is_answered_with_a_stop(link):
 def test_a_robot_that_cannot_be_reached_says_so_at_once():
     with pytest.raises(ArmError, match="no route to the robot"):
         link_of(refuse="no route to the robot")
+    assert "servo" not in {process.name for process in multiprocessing.active_children()}
 
 
 def test_a_broken_connection_is_an_error_of_every_later_call():
@@ -68,6 +104,44 @@ def test_a_broken_connection_is_an_error_of_every_later_call():
         with pytest.raises(ArmError, match="the cable came off"):
             link.status()
     link.close()
+
+
+def test_a_robot_that_falls_silent_at_once_says_so_itself_and_is_let_go(tmp_path):
+    (tmp_path / "cut").touch()
+    with pytest.raises(ArmError, match="TellingHardware: the cable came off"):
+        link_of(TellingHardware, folder=str(tmp_path))
+    wait_until((tmp_path / "close").exists)
+
+
+def test_a_robot_whose_line_was_cut_is_stopped_as_soon_as_it_hears_again(tmp_path):
+    link = link_of(TellingHardware, folder=str(tmp_path))
+    link.go_home(JOINTS + 3.0, 0.001, 1.0, time.monotonic() + 600)
+    (tmp_path / "cut").touch()
+    wait_until(lambda: complaint(link.status) == "the cable came off")
+    assert complaint(link.hold) == "the cable came off"
+    assert not (tmp_path / "stop").exists()
+    (tmp_path / "cut").unlink()
+    wait_until((tmp_path / "stop").exists)
+    link.close()
+
+
+def test_a_person_takes_up_again_what_an_error_has_ended_once_its_cause_is_gone(tmp_path):
+    link = link_of(TellingHardware, folder=str(tmp_path))
+    (tmp_path / "cut").touch()
+    wait_until(lambda: complaint(link.status) == "the cable came off")
+    assert complaint(link.recover) == complaint(link.status) == "the cable came off"
+    (tmp_path / "cut").unlink()
+    assert complaint(link.status) == "the cable came off"
+    assert complaint(link.recover) == complaint(link.status) == ""
+    link.close()
+
+
+def complaint(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ArmError as error:
+        return str(error)
+    return ""
 
 
 def test_a_servo_that_stalls_is_missed_and_its_late_replies_are_passed_over(link):
@@ -92,27 +166,51 @@ def test_closing_twice_does_no_harm(link):
 
 
 STALLING_CLIENT = """
-import os, signal, sys, time
-import numpy as np
-from tests.client.test_servo_process import go, link_of
+import sys, time
+from tests.client.test_servo_process import JOINTS, TellingHardware, link_of
 if __name__ == "__main__":
-    link = link_of()
-    print(link._process.pid, flush=True)
-    go(link, 10_000)
+    link = link_of(TellingHardware, folder=sys.argv[1])
+    while True:
+        link.go_home(JOINTS + 3.0, 0.001, 1.0, time.monotonic() + 0.5)
+        print(link._process.pid, flush=True)
+        time.sleep(0.05)
 """
 
 
-def test_the_servo_of_a_client_that_is_killed_ends_too(tmp_path):
+@pytest.fixture
+def client(tmp_path):
+    """A client on its way home, in a process group of its own as under a shell; its first line is its servo's pid."""
     script = tmp_path / "client.py"
     script.write_text(STALLING_CLIENT)
     client = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        [sys.executable, str(script), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        preexec_fn=os.setpgrp,
     )
-    servo = int(client.stdout.readline())
+    yield client
     client.kill()
     client.wait()
-    for _ in range(100):
-        if not os.path.exists(f"/proc/{servo}"):
-            return
-        time.sleep(0.05)
-    pytest.fail(f"process {servo} is still there")
+
+
+def test_the_servo_of_a_client_that_is_killed_ends_too(client):
+    servo = int(client.stdout.readline())
+    client.kill()
+    wait_until(lambda: not os.path.exists(f"/proc/{servo}"))
+
+
+def test_a_client_that_is_suspended_at_its_terminal_leaves_an_arm_at_rest(client, tmp_path):
+    """Ctrl-Z reaches the whole process group."""
+    client.stdout.readline()
+    (tmp_path / "stop").unlink(missing_ok=True)
+    os.killpg(client.pid, signal.SIGTSTP)
+    os.waitpid(client.pid, os.WUNTRACED)
+    wait_until((tmp_path / "stop").exists)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_terminal_that_ends_its_client_lets_the_servo_let_go_of_the_arm(client, tmp_path, ending):
+    client.stdout.readline()
+    os.killpg(client.pid, ending)
+    wait_until((tmp_path / "close").exists)

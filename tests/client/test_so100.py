@@ -137,6 +137,10 @@ class TestSO100(HardwareLaws):
     def hardware(self, connect):
         return connect()
 
+    @pytest.fixture
+    def ail(self, bus):
+        return lambda: bus.servos[GRIPPER].put(63, 74, 1)  # degrees Celsius
+
 
 @pytest.mark.parametrize("axis", ["x", "y", "z"])
 def test_ten_steps_of_a_millimetre_are_ten_millimetres(hardware, lead, axis):

@@ -105,6 +105,10 @@ class TestURHardware(HardwareLaws):
     def hardware(self, hardware):
         return hardware
 
+    @pytest.fixture
+    def ail(self, simulator):
+        return lambda: simulator("protective_stop")
+
     def test_closing_twice_does_no_harm(self):
         simulator = URSimulator()
         hardware = URHardware(host=simulator.host, **SETTINGS)
@@ -271,6 +275,17 @@ def test_a_fault_of_the_gripper_is_one_of_the_arm(hardware, simulator):
     assert simulator("state")["force"] == 50
 
 
+def test_a_gripper_that_is_not_active_is_a_fault_until_a_person_clears_it():
+    simulator = URSimulator()
+    hardware = URHardware(host=simulator.host, **SETTINGS)
+    assert hardware.read().fault == "the gripper is not activated; clearing this moves its fingers"
+    assert simulator("state")["gripper"]["ACT"] == 0
+    hardware.recover()
+    assert hardware.read().fault == "" and simulator("state")["gripper"]["ACT"] == 1
+    hardware.close()
+    simulator.close()
+
+
 def test_an_arm_in_local_control_is_refused_in_the_vendors_words(simulator, connected):
     simulator("set_remote", False)
     with pytest.raises(ArmError, match="Please enable remote control on the robot!"):
@@ -287,7 +302,7 @@ def test_an_arm_that_is_not_ready_is_refused(simulator, hardware):
 def test_nobody_at_the_address_is_an_arm_error():
     with pytest.raises(ArmError, match=r"cannot connect, UR at 127\.0\.31\.1: "):
         URHardware(host="127.0.31.1")
-    with pytest.raises(ArmError, match=r"no gripper at 127\.0\.31\.1:63352: "):
+    with pytest.raises(ArmError, match=r"no gripper at work at 127\.0\.31\.1:63352: "):
         RobotiqGripper("127.0.31.1")
 
 

@@ -475,6 +475,7 @@ class Simulator:
             "set_points": controller.set_points,
             "uploads": controller.uploads,
             "force": self.gripper.values["FOR"],
+            "gripper": dict(self.gripper.values),
             "time_s": controller.time_s,
         }
 

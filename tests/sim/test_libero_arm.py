@@ -10,6 +10,7 @@ from robot_client.errors import ArmError
 from sim.libero_arm import LiberoArm
 from sim.scene import Scene
 from sim.suites import find_task
+from tests.client.test_arms import TASK, ArmLaws
 
 SIZES = {"agentview": (48, 64)}
 OPENING, CLOSING = np.array([0, 0, 0, 0, 0, 0, 1.0]), np.array([0, 0, 0, 0, 0, 0, 0.0])
@@ -28,6 +29,19 @@ def new_arm(scene: Scene, seed: int = 0) -> LiberoArm:
     arm = LiberoArm(scene=scene, image_sizes=SIZES)
     arm.reset(lift_from(seed))
     return arm
+
+
+class TestLiberoArm(ArmLaws):
+    @pytest.fixture
+    def arm(self, scene: Scene) -> LiberoArm:
+        return LiberoArm(scene=scene, image_sizes=SIZES)
+
+    def test_a_hold_does_not_move_and_says_what_it_amounts_to(self, arm: LiberoArm) -> None:
+        """Gravity and the controller settle the arm by a little, as they do between any two ticks."""
+        arm.reset(TASK)
+        before = arm.state().state_S
+        assert arm.hold().tolist() == OPENING.tolist()
+        assert np.abs(arm.state().state_S - before).max() < 0.002
 
 
 def test_interleaved_episodes_equal_separate_ones(scene: Scene) -> None:

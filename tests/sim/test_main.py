@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from policy_server.access import Access, Guard
 from protos import policy_pb2
 from sim.__main__ import main
 from tests.server.running import serving
@@ -19,6 +20,26 @@ def test_a_policy_that_does_not_fit_is_refused_before_anything_is_built(capsys):
         assert main(["evaluate", "--server", server.address, "--suite", "robosuite"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "left_shoulder" in message
+
+
+def test_a_server_that_wants_a_token_is_shown_it(tmp_path, capsys):
+    token, tokens = tmp_path / "token", tmp_path / "tokens"
+    token.write_text("robot-0123456789abcdef")
+    tokens.write_text(f"robot {token.read_text()}")
+    with serving(WanderingModel(), guard=Guard(Access(tokens=tokens))) as server:
+        command = ["evaluate", "--server", server.address, "--suite", "robosuite", "--tasks", "7"]
+        assert main(command) == 2
+        assert "authorization: must be a token, got none: see --token-file" in capsys.readouterr().err
+        assert main([*command, "--token-file", str(token)]) == 2
+        assert "must be in 0..2, got [7]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "worker"])
+def test_a_token_that_would_travel_in_the_open_is_refused_before_anything_is_started(command, tmp_path, capsys):
+    token = tmp_path / "token"
+    token.write_text("robot-0123456789abcdef")
+    assert main([command, "--server", "192.168.1.7:50051", "--token-file", str(token)]) == 2
+    assert "a token must not travel to 192.168.1.7 unencrypted: use --tls-ca" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_refused_before_anything_is_built(capsys):

@@ -15,6 +15,8 @@ CHUNK_LENGTH, ACTION_DIM = 8, 7
 class WanderingModel:
     """`on_decode` is told before each pass how many answers have been given."""
 
+    first, lanes = None, 1
+
     def __init__(self, on_decode: Callable[[int], None] = lambda answers: None):
         self.spec = spec_of(chunk_length=CHUNK_LENGTH)
         self.answers = 0
@@ -27,7 +29,7 @@ class WanderingModel:
     def warm_up(self) -> None:
         pass
 
-    def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
+    def decode(self, requests: list[DecodeRequest], weights: list[None], lane: int) -> list[DecodeAnswer]:
         self._on_decode(self.answers)
         self.answers += len(requests)
         self.largest_batch = max(self.largest_batch, len(requests))
