@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv, on a machine that has only Python 3.10+ and make.
-#   make serve [ARGS="--model DIR ..."]   the policy server on the embedded default model
+#   make serve [ARGS="--model DIR ..."]   the policy server on the embedded default model, and its page
 #   make test                             the whole test suite
 #   make demo                             server + simulated arm + a picture of what it does
 #   make check                            lint, format, types, import contracts, generated code
@@ -13,7 +13,7 @@ TORCH  ?= torch==2.13.0
 LIBERO := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 
 serve: .venv/server.done
-	$(BIN)/python -m policy_server serve $(ARGS)
+	$(BIN)/python -m policy_server serve --http-port 8080 $(ARGS)
 
 test: .venv/dev.done
 	$(BIN)/python -m pytest $(ARGS)
@@ -80,8 +80,8 @@ protos: .venv/protoc.done
 	$(BIN)/python -m pip install --quiet --no-deps $(LIBERO)
 	@touch $@
 
-.venv/dev.done: .venv/sim.done | libusb
-	$(BIN)/python -m pip install --quiet -e '.[trainer,dev,export,franka,gamepad,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
+.venv/dev.done: .venv/sim.done | libusb chromium
+	$(BIN)/python -m pip install --quiet -e '.[trainer,quantized,dev,export,franka,gamepad,openpi,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
 	@touch $@
 
 .venv/protoc.done:
@@ -89,10 +89,12 @@ protos: .venv/protoc.done
 	.venv/protoc/bin/python -m pip install --quiet 'grpcio-tools==1.62.3' 'setuptools<81'
 	@touch $@
 
+# install(Debian's package): where it may.
+install = { [ "$$(id -u)" = 0 ] && (apt-get install -y -qq $(1) || (apt-get update -qq && apt-get install -y -qq $(1))) >/dev/null; } \
+	  || sudo -n apt-get install -y -qq $(1) >/dev/null 2>&1
+
 # need(library, Debian's package of it): on Linux, installs what is missing where it may, and says so where it may not.
-need = [ "$$(uname)" != Linux ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q $(1) \
-	  || { [ "$$(id -u)" = 0 ] && (apt-get install -y -qq $(2) || (apt-get update -qq && apt-get install -y -qq $(2))) >/dev/null; } \
-	  || sudo -n apt-get install -y -qq $(2) >/dev/null 2>&1 \
+need = [ "$$(uname)" != Linux ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q $(1) || $(call install,$(2)) \
 	  || { echo "$(1) is missing: install it (Debian, Ubuntu: sudo apt-get install $(2)), then run make again"; exit 1; }
 
 # Software rendering for a machine with neither GPU nor screen.
@@ -103,4 +105,9 @@ osmesa:
 libusb:
 	-@$(call need,libusb-1.0,libusb-1.0-0)
 
-.PHONY: serve test demo check nano protos osmesa libusb
+# Tests that look at the live page are skipped without it.
+chromium:
+	-@[ "$$(uname)" != Linux ] || command -v chromium >/dev/null || $(call install,chromium) \
+	  || echo "chromium is missing: the live page is not tested"
+
+.PHONY: serve test demo check nano protos osmesa libusb chromium

@@ -29,7 +29,7 @@ import psutil
 import torch
 import tyro
 
-from policy_server.vla.decoding import DecodeInput
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from protos import episode_pb2
 from protos.episode_file import read_episode

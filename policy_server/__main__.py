@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import resource
 import shutil
 import signal
 import sys
@@ -14,9 +16,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from policy_server.access import Guard
 from policy_server.config import ServeConfig
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import CannotStart
+from policy_server.errors import CannotStart, EngineGone
+from policy_server.loading import opened
+from policy_server.logs import configure as configure_log
 from policy_server.server import Model, PolicyServer
 from policy_server.version_store import VersionStore
 
@@ -28,58 +33,34 @@ SWITCH_S = 1e-4
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT; prints "SERVING host:port model version N" when it does.
+    """Serves until SIGTERM, SIGINT or a Drain; prints "SERVING host:port model version N" when it does.
 
-    With an admin service a second line, "ADMIN host:port", follows.
+    A line for each further door follows: "ADMIN host:port", "OPENPI host:port", "HTTP host:port".
     """
     log.info("%s", config)
     sys.setswitchinterval(SWITCH_S)
-    model = load(config)
-    asyncio.run(_serve(config, model))
+    _allow_files()
+    guard = Guard(config.access)
+    with opened(config) as model:
+        asyncio.run(_serve(config, model, guard))
 
 
-def load(config: ServeConfig) -> Model:
-    """The model that the config names, as the server wants it.  Raises CannotStart."""
-    import torch
-
-    from policy_server.vla.action_tokens import UnknownStatistics
-    from policy_server.vla.checkpoint import CheckpointError
-    from policy_server.vla.derived import with_adapter
-    from policy_server.vla.policy import Policy
-    from policy_server.vla_model import VlaModel
-
-    torch.set_num_threads(config.threads)
-    cuda = torch.cuda.is_available()
-    device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
-    if device.startswith("cuda") and not cuda:
-        raise CannotStart(f"device {device!r} was asked for, but this machine or its torch has no CUDA")
-    dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    try:
-        policy = Policy.load(
-            config.model,
-            adapter=None if config.has_versions else config.adapter,
-            unnorm_key=config.unnorm_key,
-            image_path=None if config.image_path == "checkpoint" else config.image_path,
-            device=device,
-            dtype=dtype,
-            deterministic_batch=config.max_batch if config.deterministic else None,
-        )
-        base = policy
-        if config.has_versions and config.adapter is not None:  # published weights are over the base: both are kept
-            policy = base.with_model(with_adapter(base.model, config.adapter))
-    except (CheckpointError, UnknownStatistics) as error:
-        raise CannotStart(f"cannot serve the model {config.model!r}: {error}") from error
-    return VlaModel(policy, name=Path(config.model).name, max_batch=config.max_batch, base=base)
+def _allow_files() -> None:
+    """As many open files as the system lets us have: every connection is one, and every open episode."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve(config: ServeConfig, model: Model) -> None:
+async def _serve(config: ServeConfig, model: Model, guard: Guard) -> None:
     store = None
     if config.episodes is not None:
         keep_bytes = None if config.keep_gb is None else config.keep_gb * 1e9
         store = EpisodeStore(config.episodes, keep_bytes=keep_bytes)
     versions = None
     if config.has_versions:
-        versions = VersionStore(config.versions_folder, first=model.device_fingerprint)
+        first = model.fingerprint(model.first)
+        versions = VersionStore(config.versions_folder, first=first, keep=config.keep_versions)
     server = PolicyServer(
         model,
         host=config.host,
@@ -90,20 +71,38 @@ async def _serve(config: ServeConfig, model: Model) -> None:
         store=store,
         episode_idle_s=config.episode_idle_s,
         lease_s=config.lease_s,
+        client_episodes=config.client_episodes,
+        client_calls=config.client_calls,
         versions=versions,
+        adapter_slots=config.adapter_slots,
         admin_port=config.admin_port,
+        guard=guard,
+        http_port=config.http_port,
+        openpi_port=config.openpi_port,
+        openpi_keys=dict(text.split("=", 1) for text in config.openpi_keys),
+        openpi_gripper=config.openpi_gripper,
     )
-    stopped = asyncio.Event()
+    drains: list[asyncio.Task] = []
+
+    def leave() -> None:
+        drains.append(asyncio.create_task(server.drain(0.0 if drains else config.drain_s)))
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        asyncio.get_running_loop().add_signal_handler(number, leave)
     port = await server.start()
     await server.warm_up()
     print(f"SERVING {config.host}:{port} {model.spec.model} version {server.live_version}", flush=True)
     if server.admin_port is not None:
         print(f"ADMIN {config.host}:{server.admin_port}", flush=True)
-    await stopped.wait()
+    if server.openpi_port is not None:
+        print(f"OPENPI {config.host}:{server.openpi_port}", flush=True)
+    if server.http_port is not None:
+        print(f"HTTP {config.host}:{server.http_port}", flush=True)
+    await server.drained()
     log.info("stopping: decisions under way are answered first")
     await server.stop()
+    if server.engine_is_gone:
+        raise EngineGone("the server has stopped because the process that ran the model died")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +166,10 @@ def compare(config: CompareConfig) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 after a clean stop, a merge or a good comparison, 1 after a bad one, 2 when nothing can run as configured."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    """0 after a clean stop, a merge or a good comparison; 1 after a bad one, or when the model was lost.
+
+    2 when nothing can run as configured.
+    """
     config = tyro.cli(
         Annotated[ServeConfig, tyro.conf.subcommand("serve")]
         | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
@@ -176,6 +177,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args,
         prog="policy_server",
     )
+    configure_log(config.log_format if isinstance(config, ServeConfig) else "text")
     try:
         if isinstance(config, MergeConfig):
             return merge(config)
@@ -185,6 +187,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except CannotStart as error:
         print(f"policy_server: {error}", file=sys.stderr)
         return WRONG_USAGE
+    except EngineGone as error:
+        print(f"policy_server: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The Admin service: new weights in, which of them is live, and proof of what is being served.
+"""The Admin service: new weights in, which of them is live, proof of what is being served, and the server's way out.
 
 Receiving is the event loop's and building a thread's; the engine goes on decoding beside both.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from policy_server.errors import BadRequest, Overloaded
+from policy_server.errors import BadRequest, Overloaded, TooSlow
 from policy_server.observation import Observed, read_observation
 from policy_server.refusals import refusing
 from policy_server.version_store import FULL_DISK_RETRY_MS, Incoming, Kind, Version, VersionStore
@@ -32,13 +32,22 @@ MAX_NOTE, MAX_ADAPTER_CONFIG = 1000, 2**18
 MAX_PROBES = 64
 PASS = 8
 """Probes of one pass of the model, between two batches of the engine."""
+MAX_UPLOADS = 4
+"""Weights that may be on their way at once: each has a part of its file in memory."""
+UPLOAD_RETRY_MS = 5_000
+SILENCE_S = 60.0
+"""How long the next part of a file may take to come."""
+MAX_DRAIN_S = 24 * 3600.0
 
 Score = Callable[[int, list[Any], np.ndarray, float], np.ndarray]
 """float32 log-probabilities (B, N) of a version, prepared observations, int32 tokens (B, N), a temperature."""
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """max_bytes bounds a published file; open_episodes() counts the open episodes of each version."""
+    """max_bytes bounds a published file; open_episodes() counts the open episodes of each version.
+
+    needed() gives the versions that may not be deleted; status() and drain(within_s) are the server's own.
+    """
 
     def __init__(
         self,
@@ -50,11 +59,17 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         score: Score,
         max_bytes: int,
         open_episodes: Callable[[], Mapping[int, int]],
+        needed: Callable[[], Collection[int]],
+        status: Callable[[], admin_pb2.ServerStatus],
+        drain: Callable[[float], Awaitable[int]],
     ):
         self._spec, self._versions, self._store = spec, versions, store
         self._prepare, self._score = prepare, score
-        self._max_bytes, self._open_episodes = max_bytes, open_episodes
+        self._max_bytes, self._open_episodes, self._needed = max_bytes, open_episodes, needed
+        self._status, self._drain = status, drain
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="versions")
+        self._uploads = 0
+        self._scoring = asyncio.Lock()  # one at a time: robots' episodes are stored by threads of the same pool
 
     def close(self) -> None:
         """Returns when what was being built is there."""
@@ -64,14 +79,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def PublishWeights(
         self, requests: AsyncIterator[admin_pb2.PublishWeightsRequest], context: Any
     ) -> admin_pb2.PublishWeightsReply:
-        header = await self._header(requests)
-        with _disk():
-            incoming = self._store.receive(KINDS[header.kind], header.bytes, header.adapter_config)
+        if self._uploads >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} uploads are under way, and no more may be", retry_after_ms=UPLOAD_RETRY_MS)
+        self._uploads += 1
         try:
-            await _receive(incoming, header, requests)
-        except BaseException:
-            incoming.discard()
-            raise
+            header, incoming = await self._received(requests)
+        finally:
+            self._uploads -= 1
         # From here on it goes to its end, whoever still waits for it.
         version = await asyncio.shield(self._in_turn(self._publish, incoming, header))
         return admin_pb2.PublishWeightsReply(version=version.version, device_fingerprint=version.device_fingerprint)
@@ -97,12 +111,37 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             raise BadRequest(f"must be finite and positive, got {request.temperature}", field="temperature")
         if not 1 <= len(request.probes) <= MAX_PROBES:
             raise BadRequest(f"must be 1 to {MAX_PROBES} of them, got {len(request.probes)}", field="probes")
-        logprobs_BN = await asyncio.to_thread(self._scored, request)
+        async with self._scoring:
+            logprobs_BN = await asyncio.to_thread(self._scored, request)
         return admin_pb2.ScoreProbeReply(token_logprobs=encode_tensor(logprobs_BN))
+
+    @refusing
+    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Any) -> admin_pb2.ServerStatus:
+        return self._status()
+
+    @refusing
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainReply:
+        if not 0 <= request.within_s <= MAX_DRAIN_S:
+            raise BadRequest(f"must be in 0..{MAX_DRAIN_S:g}, got {request.within_s}", field="within_s")
+        return admin_pb2.DrainReply(open_episodes=await self._drain(request.within_s))
+
+    async def _received(
+        self, requests: AsyncIterator[admin_pb2.PublishWeightsRequest]
+    ) -> tuple[admin_pb2.WeightsHeader, Incoming]:
+        """The whole of an upload, or nothing of it.  Raises Refused."""
+        header = await self._header(requests)
+        with _disk():
+            incoming = self._store.receive(KINDS[header.kind], header.bytes, header.adapter_config)
+        try:
+            await _receive(incoming, header, requests)
+        except BaseException:
+            incoming.discard()
+            raise
+        return header, incoming
 
     async def _header(self, requests: AsyncIterator[admin_pb2.PublishWeightsRequest]) -> admin_pb2.WeightsHeader:
         """The first message, which says nothing that forbids the rest.  Raises Refused."""
-        first = await anext(requests, None)
+        first = await _next(requests)
         if first is None or first.WhichOneof("part") != "header":
             raise BadRequest("the first message must be the header, got none", field="header")
         header = first.header
@@ -130,9 +169,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     def _publish(self, incoming: Incoming, header: admin_pb2.WeightsHeader) -> Version:
         try:
             with _disk():
-                return self._versions.publish(
+                version = self._versions.publish(
                     incoming, parent=header.parent, note=header.note, set_live=header.set_live
                 )
+            self._store.trim(self._needed())
+            return version
         finally:
             incoming.discard()
 
@@ -176,7 +217,7 @@ async def _receive(
 ) -> None:
     """The whole file.  Raises BadRequest when it is not what the header says."""
     with _disk():
-        async for request in requests:
+        while (request := await _next(requests)) is not None:
             if request.WhichOneof("part") != "data":
                 raise BadRequest("only data may follow the header, got another message", field="data")
             if incoming.bytes + len(request.data) > header.bytes:
@@ -187,6 +228,14 @@ async def _receive(
         raise BadRequest(f"must be {header.bytes} bytes as the header says, got {incoming.bytes}", field="data")
     if incoming.sha256 != header.sha256:
         raise BadRequest(f"must have the SHA-256 {header.sha256!r}, got {incoming.sha256!r}", field="data")
+
+
+async def _next(requests: AsyncIterator[admin_pb2.PublishWeightsRequest]) -> admin_pb2.PublishWeightsRequest | None:
+    """None at the end.  Raises TooSlow."""
+    try:
+        return await asyncio.wait_for(anext(requests, None), SILENCE_S)
+    except asyncio.TimeoutError:
+        raise TooSlow(f"the next part must come within {SILENCE_S:g} s, and did not") from None
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ import torch
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from policy_server.vla.config import VLAConfig
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
 from policy_server.vla.model import VLA, collate
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import LIBERO_CROP_AREA, Prepared, Preprocessor
 from protos import image
 

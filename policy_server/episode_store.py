@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -106,6 +107,12 @@ class EpisodeStore:
         """The last sequence number that was given; 0 before the first."""
         return self._last
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many whole episodes lie here, and how many bytes they are."""
+        with self._lock:
+            return sum(not stored.damaged for stored in self._stored.values()), self._bytes
+
     def check_room(self) -> None:
         """Raises Overloaded when the disk is full."""
         free = shutil.disk_usage(self._folder).free
@@ -149,6 +156,16 @@ class EpisodeStore:
             self._check(cursor)
             return [self._stored[n] for n in range(cursor + 1, self._last + 1) if n in self._stored]
 
+    def get(self, sequence: int) -> Stored | None:
+        """The episode of this number, while it lies here."""
+        with self._lock:
+            return self._stored.get(sequence)
+
+    def latest(self, count: int) -> list[Stored]:
+        """What was finished last, newest first."""
+        with self._lock:
+            return list(itertools.islice(reversed(self._stored.values()), count))
+
     def beyond(self, cursor: int) -> Future[None]:
         """Done when an episode after the cursor is whole."""
         future: Future[None] = Future()
@@ -156,7 +173,7 @@ class EpisodeStore:
             if self._last > cursor:
                 future.set_result(None)
             else:
-                self._watchers.append(future)
+                self._watchers = [*(watcher for watcher in self._watchers if not watcher.done()), future]
         return future
 
     def records(self, stored: Stored) -> list[episode_pb2.EpisodeRecord]:

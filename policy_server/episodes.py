@@ -6,13 +6,16 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import EpisodeLost, OutOfOrder, Superseded, UnknownVersion
+from policy_server.errors import EpisodeLost, OutOfOrder, Overloaded, Superseded, UnknownVersion
+from policy_server.refusals import RETRY_SOON_MS
 from policy_server.rollout_queue import Lease, RolloutQueue
 from protos import episode_pb2, policy_pb2
 from protos.episode_file import EpisodeWriter
@@ -22,8 +25,11 @@ log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000
 """How many request ids and closed episodes are remembered for retries."""
+RATE_OVER = 32
+"""A rate is that of so many answers."""
 AT_WORK_S = 1.0
 """An episode that was silent for longer is not waited for when a batch is gathered."""
+DEFAULT_CLIENT_EPISODES = 256
 
 MakeStart = Callable[[str, policy_pb2.StartEpisodeRequest, Rollout | None], episode_pb2.EpisodeStart]
 """The first record of an episode of that id.  Raises Refused."""
@@ -44,16 +50,44 @@ class Episode:
     answered yet, or the next one.  A decision's executed ticks are recorded with its answer.
     """
 
-    def __init__(self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None, lease: Lease | None):
+    def __init__(
+        self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None, lease: Lease | None, *, client: str = ""
+    ):
         self.start = start
+        self.client = client
         self.writer = writer
         self.lease = lease
         self.flights: dict[int, Flight] = {}
         self.closing: asyncio.Task[int] | None = None
         self.touched_s = time.monotonic()
+        self.latest: episode_pb2.Observation | None = None
+        """What was answered last, for whoever watches."""
+        self._answers_s: deque[float] = deque(maxlen=RATE_OVER)
         self._newest = -1
         self._answered: policy_pb2.ActReply | None = None
-        self._ticks: set[tuple[int, int, int]] = set()
+        self._ticks: set[tuple[int, int, int]] = set()  # of the last report
+
+    @property
+    def robot(self) -> tuple[str, str]:
+        """Its arm and the address that it calls from."""
+        return self.start.arm, unquote(self.client).partition(":")[2]
+
+    @property
+    def decisions(self) -> int:
+        """How many were answered."""
+        return self._answered.decision + 1 if self._answered is not None else 0
+
+    @property
+    def rate_hz(self) -> float:
+        """Answers a second, over the last few."""
+        if len(self._answers_s) < 2:
+            return 0.0
+        return (len(self._answers_s) - 1) / (time.monotonic() - self._answers_s[0])
+
+    @property
+    def age_s(self) -> float:
+        """Since it was last heard of."""
+        return time.monotonic() - self.touched_s
 
     def arrive(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply | None:
         """The stored answer of a retry, else None.  Raises OutOfOrder, Superseded."""
@@ -72,6 +106,8 @@ class Episode:
     def answered(self, request: policy_pb2.ActRequest, reply: policy_pb2.ActReply) -> None:
         """Records an answer, with what was executed before it, and keeps it for a retry.  Raises OSError."""
         self.touched_s = time.monotonic()
+        self._answers_s.append(self.touched_s)
+        self.latest = request.observation
         self._answered = reply
         self.executed(request.executed)
         if self.writer is not None:
@@ -81,9 +117,10 @@ class Episode:
 
     def executed(self, ticks: Iterable[episode_pb2.Tick]) -> None:
         """Records ticks.  Raises OSError."""
-        # A client whose answer was lost reports its ticks again, with the next decision or the end.
-        new = [tick for tick in ticks if (tick.decision, tick.index, tick.source) not in self._ticks]
-        self._ticks.update((tick.decision, tick.index, tick.source) for tick in new)
+        # A client whose answer was lost reports its ticks again, with the next decision or the end, but no older ones.
+        told = [((tick.decision, tick.index, tick.source), tick) for tick in ticks]
+        new = [tick for key, tick in told if key not in self._ticks]
+        self._ticks = {key for key, _ in told} or self._ticks
         if self.writer is not None:
             self.writer.executed(new)
 
@@ -91,12 +128,18 @@ class Episode:
 class Episodes:
     """The open episodes, and enough about the closed ones to answer a retry.
 
-    An episode under a lease tells the queue how it ended, once that is stored.
+    An episode under a lease tells the queue how it ended, once that is stored.  per_client: how many one client may
+    have open.
     """
 
-    def __init__(self, store: EpisodeStore | None, rollouts: RolloutQueue):
+    def __init__(
+        self, store: EpisodeStore | None, rollouts: RolloutQueue, *, per_client: int = DEFAULT_CLIENT_EPISODES
+    ):
+        self.ended: Counter[int] = Counter()
+        """How many have ended, by outcome."""
         self._store = store
         self._rollouts = rollouts
+        self._per_client = per_client
         self._open: dict[str, Episode] = {}
         self._closed: OrderedDict[str, int | EpisodeLost] = OrderedDict()
         self._replies: OrderedDict[str, policy_pb2.StartEpisodeReply] = OrderedDict()
@@ -110,13 +153,20 @@ class Episodes:
         since_s = time.monotonic() - AT_WORK_S
         return sum(episode.touched_s >= since_s for episode in list(self._open.values()))
 
-    def start(self, request: policy_pb2.StartEpisodeRequest, make: MakeStart) -> policy_pb2.StartEpisodeReply:
+    def start(
+        self, request: policy_pb2.StartEpisodeRequest, make: MakeStart, *, client: str = ""
+    ) -> policy_pb2.StartEpisodeReply:
         """Opens an episode, once per request id.
 
-        Raises OutOfOrder for a lease that is not held, Overloaded when it could not be stored, and what make raises.
+        Raises OutOfOrder for a lease that is not held, Overloaded when it could not be stored or the client has too
+        many open, and what make raises.
         """
         if request.request_id and request.request_id in self._replies:
             return self._replies[request.request_id]
+        if sum(episode.client == client for episode in self._open.values()) >= self._per_client:
+            raise Overloaded(
+                f"this client has {self._per_client} episodes open, and may no more", retry_after_ms=RETRY_SOON_MS
+            )
         lease = self._lease(request.lease_id)
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
         try:
@@ -126,18 +176,26 @@ class Episodes:
                 self._rollouts.fail(lease, str(refused))
             raise
         writer = self._store.open(start) if self._store is not None else None
-        self._open[start.episode_id] = Episode(start, writer, lease)
+        self._open[start.episode_id] = Episode(start, writer, lease, client=client)
         reply = policy_pb2.StartEpisodeReply(episode_id=start.episode_id, version=start.version, seed=start.seed)
         if request.request_id:
             _remember(self._replies, request.request_id, reply)
         return reply
 
+    def unstart(self, request_id: str) -> None:
+        """The episode of that request is none that can be played: a repeated start opens another."""
+        self._replies.pop(request_id, None)
+
+    def is_open(self, episode_id: str) -> bool:
+        """Whether its decisions are taken."""
+        episode = self._open.get(episode_id)
+        return episode is not None and episode.closing is None
+
     def find(self, episode_id: str) -> Episode:
         """An open episode.  Raises OutOfOrder for a closed and for an unknown one."""
-        episode = self._open.get(episode_id)
-        if episode is not None and episode.closing is None:
-            return episode
-        if episode is not None or self.closed(episode_id) is not None:
+        if self.is_open(episode_id):
+            return self._open[episode_id]
+        if episode_id in self._open or self.closed(episode_id) is not None:
             raise OutOfOrder(f"episode {episode_id!r} is closed", field="episode_id")
         raise OutOfOrder(f"there is no episode {episode_id!r} on this server", field="episode_id")
 
@@ -179,11 +237,13 @@ class Episodes:
                 sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
         except OSError as error:
             raise self.lose(episode, error) from error
+        self.ended[end.outcome] += 1
         if episode.lease is not None and end.outcome == episode_pb2.OUTCOME_ERROR:
             self._rollouts.fail(episode.lease, end.message)
         elif episode.lease is not None:
             self._rollouts.complete(episode.lease)
         self._forget(episode, sequence)
+        log.info("episode ended", extra=_record(episode, end) | {"sequence": sequence})
         return sequence
 
     def lose(self, episode: Episode, error: OSError) -> EpisodeLost:
@@ -192,6 +252,7 @@ class Episodes:
         if episode.writer is not None:
             episode.writer.discard()
             episode.writer = None
+        self.ended[episode_pb2.OUTCOME_ERROR] += 1
         lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
         if episode.lease is not None:
             self._rollouts.fail(episode.lease, str(lost))
@@ -215,6 +276,27 @@ class Episodes:
     def _forget(self, episode: Episode, sequence: int | EpisodeLost) -> None:
         self._open.pop(episode.start.episode_id, None)
         _remember(self._closed, episode.start.episode_id, sequence)
+
+
+def word(enum: Any, code: int) -> str:
+    """A value of an enum in a word, "success" for OUTCOME_SUCCESS; "unknown" for what this version does not know."""
+    return enum.Name(code).partition("_")[2].lower() if code in enum.values() else "unknown"
+
+
+def _record(episode: Episode, end: episode_pb2.EpisodeEnd) -> dict[str, object]:
+    """What the log keeps of an episode."""
+    start, (arm, client) = episode.start, episode.robot
+    return {
+        "episode": start.episode_id,
+        "arm": arm,
+        "client": client,
+        "task": start.task,
+        "version": start.version,
+        "outcome": word(episode_pb2.Outcome, end.outcome),
+        "decisions": episode.decisions,
+        "seconds": round((end.ended_unix_ns - start.started_unix_ns) / 1e9, 3),
+        "why": end.message,
+    }
 
 
 def _remember(memory: OrderedDict, key: str, value: object) -> None:

@@ -2,16 +2,20 @@
 
 PolicyServerError
 ├── CannotStart         the configuration, checkpoint or address does not allow a server
+├── EngineGone          the process that runs the model died: the server stops
 └── Refused             one request, refused: what was got and what is expected
     ├── BadRequest      INVALID_ARGUMENT     the request itself is wrong; repeating it does not help
     ├── OutOfOrder      FAILED_PRECONDITION  the episode is unknown, closed, or elsewhere in its sequence
     ├── EpisodeLost     FAILED_PRECONDITION  the disk failed while the episode was open
     ├── UnknownVersion  NOT_FOUND            no such weights
-    ├── Overloaded      RESOURCE_EXHAUSTED   the queue or the disk is full; try again later
+    ├── Unauthenticated UNAUTHENTICATED      no token, or none of this server's
+    ├── Forbidden       PERMISSION_DENIED    the token's role may not do this
+    ├── Overloaded      RESOURCE_EXHAUSTED   the queue, the disk or the client's share is full; try again later
+    ├── TooSlow         DEADLINE_EXCEEDED    the client did not send, or read, in time
     ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
     ├── Abandoned       CANCELLED            nobody waits for the answer any more
     ├── InternalFault   INTERNAL             the model, or the server itself, raised
-    └── Unavailable     UNAVAILABLE          not warm yet, or stopping
+    └── Unavailable     UNAVAILABLE          not warm yet, draining or stopping
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ import grpc
 
 from protos import policy_pb2
 
+MAX_SENTENCE_BYTES = 1000
+"""Of a refusal: it repeats what was got, and travels in headers, which hold little."""
+
 
 class PolicyServerError(Exception):
     """Root of this package's errors."""
@@ -27,6 +34,10 @@ class PolicyServerError(Exception):
 
 class CannotStart(PolicyServerError):
     """No server can run as configured.  The message is one sentence for whoever typed the command."""
+
+
+class EngineGone(PolicyServerError):
+    """The model is lost, and every decision with it, until the server is started again."""
 
 
 class Refused(PolicyServerError):
@@ -39,7 +50,7 @@ class Refused(PolicyServerError):
     status = grpc.StatusCode.UNKNOWN
 
     def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0):
-        super().__init__(message)
+        super().__init__(_shortened(message))
         self.field = field
         self.retry_after_ms = retry_after_ms
 
@@ -67,8 +78,20 @@ class UnknownVersion(Refused):
     status = grpc.StatusCode.NOT_FOUND
 
 
+class Unauthenticated(Refused):
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(Refused):
+    status = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Overloaded(Refused):
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class TooSlow(Refused):
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class Superseded(Refused):
@@ -85,3 +108,10 @@ class InternalFault(Refused):
 
 class Unavailable(Refused):
     status = grpc.StatusCode.UNAVAILABLE
+
+
+def _shortened(message: str) -> str:
+    encoded = message.encode()
+    if len(encoded) <= MAX_SENTENCE_BYTES:
+        return message
+    return f"{encoded[:MAX_SENTENCE_BYTES].decode(errors='ignore')} ..."

@@ -6,26 +6,38 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
 
 from policy_server.errors import InternalFault, Refused, Unavailable
+from policy_server.logs import Sparing, about
 
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())
 
 REFUSAL_KEY = "vla-rl-refusal-bin"
 RETRY_SOON_MS = 500
+IDS = {"episode": "episode_id", "decision": "decision"}
+"""In the log -> in a request."""
+WARMING = "the model is warming up"
+DRAINING = "the server is draining: it takes no more work"
+STOPPING = "the server is stopping"
 
 
 class Door:
-    """Whether requests are taken: from when the model is warm until the server stops."""
+    """Whether requests are taken: from when the model is warm until the server drains or stops, and never again."""
 
     def __init__(self) -> None:
-        self._closed_because = "the model is warming up"
+        self._closed_because = WARMING
 
     def open(self) -> None:
-        self._closed_because = ""
+        if self._closed_because == WARMING:
+            self._closed_because = ""
 
-    def close(self) -> None:
-        self._closed_because = "the server is stopping"
+    def close(self, because: str) -> None:
+        self._closed_because = because
 
     def check(self) -> None:
         """Raises Unavailable while it is closed."""
@@ -38,7 +50,7 @@ def refusals_only() -> Iterator[None]:
     """Turns a fault of ours into a refusal: it costs one request, and nothing of it travels."""
     try:
         yield
-    except Refused:
+    except (Refused, grpc.aio.BaseError):  # gRPC knows what to do with its own
         raise
     except Exception as error:
         log.exception("a request failed inside the server")
@@ -49,15 +61,38 @@ def refusing(handler):
     """A handler of one request whose Refused becomes the call's status; what it returns, if anything, is the reply."""
 
     @functools.wraps(handler)
-    async def answer(self, request, context):
-        try:
-            with refusals_only():
-                return await handler(self, request, context)
-        except Refused as refused:
-            metadata = ((REFUSAL_KEY, refused.message.SerializeToString()),)
-            await context.abort(refused.status, _sentence(refused), trailing_metadata=metadata)
+    async def answer(*args):
+        *_, request, context = args
+        with about(peer=caller(context), **ids(request)):
+            try:
+                with refusals_only():
+                    return await handler(*args)
+            except Refused as refused:
+                await refuse(context, refused)
 
     return answer
+
+
+async def refuse(context, refused: Refused) -> None:
+    """Ends the call of this context with the refusal as its status."""
+    note(refused)
+    metadata = ((REFUSAL_KEY, refused.message.SerializeToString()),)
+    await context.abort(refused.status, _sentence(refused), trailing_metadata=metadata)
+
+
+def note(refused: Refused) -> None:
+    """A line in the log, as sparing as such lines are."""
+    log.info("refused, %s: %s", refused.status.name, _sentence(refused), extra={"refusal": refused.status.name})
+
+
+def caller(context: Any) -> str:
+    """Address and port of the client of a gRPC call."""
+    return unquote(context.peer()).partition(":")[2]
+
+
+def ids(request: Any) -> dict[str, Any]:
+    """What the log calls a request by."""
+    return {name: getattr(request, field) for name, field in IDS.items() if hasattr(request, field)}
 
 
 def _sentence(refused: Refused) -> str:

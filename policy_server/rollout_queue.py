@@ -26,6 +26,8 @@ ATTEMPTS = 3
 DEFAULT_LEASE_S = 30.0
 HEARD_S = 60.0
 """A worker that was silent for longer is not counted, nor is what it holds."""
+MAX_ERROR = 1000
+"""Characters that are remembered of what went wrong."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,6 +117,16 @@ class RolloutQueue:
         self._held[lease.lease_id] = lease, self._now() + self.lease_s
         return lease
 
+    @property
+    def outstanding(self) -> int:
+        """Rollouts that have not ended."""
+        return len(self._outstanding)
+
+    def versions(self) -> set[int]:
+        """The weights that those have named.  May be called from any thread."""
+        entries = list(self._outstanding.values())
+        return {entry.rollout.version for entry in entries if entry.rollout.HasField("version")}
+
     def find(self, lease_id: str) -> Lease | None:
         """The lease, while it is held."""
         self.expire()
@@ -142,6 +154,10 @@ class RolloutQueue:
             entry = self._outstanding[lease.rollout.rollout_id]
             self._take_out(entry)
             self._put_back(entry)
+
+    def forget_silent(self) -> None:
+        """Drops what is known of workers that are not heard of any more."""
+        self._heard()
 
     def expire(self) -> None:
         """Takes back what was not renewed in time."""
@@ -175,7 +191,7 @@ class RolloutQueue:
         entry = self._entry(lease)
         if entry is None:
             return
-        entry.errors.append(why)
+        entry.errors.append(why[:MAX_ERROR])
         if entry.holder is lease or entry.holder is None:
             self._take_out(entry)
             self._put_back(entry)

@@ -12,8 +12,8 @@ from typing import Any
 
 from policy_server.episode_store import EpisodeStore, Stored
 from policy_server.errors import BadRequest, OutOfOrder, Overloaded, Unavailable
-from policy_server.observation import check_sampling
-from policy_server.refusals import RETRY_SOON_MS, Door, refusing
+from policy_server.observation import check_names, check_sampling
+from policy_server.refusals import DRAINING, RETRY_SOON_MS, STOPPING, Door, refusing
 from policy_server.rollout_queue import Lease, RolloutQueue, run_of
 from policy_server.versions import Versions
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
@@ -23,6 +23,13 @@ MAX_WAIT_S = 30.0
 """A call waits no longer for work, whatever it asks: a worker is heard of between calls."""
 TICK_S = 1.0
 """How soon work that has come back is handed to a call that waits."""
+MAX_OUTSTANDING = 100_000
+"""Rollouts that have not ended, of all runs together."""
+MAX_TASKS = 1000
+"""Tasks that a worker may name."""
+MAX_READERS = 16
+"""Streams of episodes at once: each holds an episode in memory, for as long as its reader likes."""
+FULL_RETRY_MS = 10_000
 PURPOSES = (episode_pb2.PURPOSE_TRAIN, episode_pb2.PURPOSE_EVALUATE)
 
 
@@ -43,25 +50,31 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         self._versions = versions
         self._door = Door()
         self._stopping = asyncio.Event()
+        self._readers = 0
         self._waiting: list[_Waiting] = []
 
     def open(self) -> None:
         """From now on work is taken and handed out."""
         self._door.open()
 
-    def drain(self) -> None:
-        """No more work; streams end when they have sent what is finished by now."""
-        self._door.close()
-        self._stopping.set()
+    def drain(self, because: str = DRAINING) -> None:
+        """No more work, neither in nor out."""
+        self._door.close(because)
         for call in self._waiting:
             if not call.lease.done():
-                call.lease.set_exception(Unavailable("the server is stopping", retry_after_ms=RETRY_SOON_MS))
+                call.lease.set_exception(Unavailable(because, retry_after_ms=RETRY_SOON_MS))
+
+    def stop(self) -> None:
+        """Streams end when they have sent what is finished by now."""
+        self.drain(STOPPING)
+        self._stopping.set()
 
     async def expire(self) -> None:
         """Takes back what is not renewed in time and hands it to those that wait; runs until cancelled."""
         while True:
             await asyncio.sleep(min(TICK_S, self._queue.lease_s / 4))
             self._queue.expire()
+            self._queue.forget_silent()
             self._hand_out()
 
     @refusing
@@ -72,6 +85,12 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         self._need_store().check_room()
         for index, rollout in enumerate(request.rollouts):
             self._check(rollout, f"rollouts[{index}]")
+        if self._queue.outstanding + len(request.rollouts) > MAX_OUTSTANDING:
+            raise Overloaded(
+                f"at most {MAX_OUTSTANDING} rollouts may be outstanding; {self._queue.outstanding} are, and"
+                f" {len(request.rollouts)} more were asked for",
+                retry_after_ms=FULL_RETRY_MS,
+            )
         added = self._queue.enqueue(request.rollouts)
         self._hand_out()
         return rollout_pb2.EnqueueRolloutsReply(added=added)
@@ -98,6 +117,10 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
             raise BadRequest("must be the worker's name, got ''", field="worker")
         if not request.can_run:
             raise BadRequest('must name tasks, or suites as "libero_object/*", got none', field="can_run")
+        check_names(request, "worker")
+        for name in ("can_run", "holds"):
+            if len(getattr(request, name)) > MAX_TASKS:
+                raise BadRequest(f"must be at most {MAX_TASKS}, got {len(getattr(request, name))}", field=name)
         lease = self._lease(request) or await self._wait(request)
         if lease is None:
             return rollout_pb2.LeaseRolloutReply()
@@ -118,8 +141,11 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
     @refusing
     async def StreamEpisodes(self, request: rollout_pb2.StreamEpisodesRequest, context: Any) -> None:
         store = self._need_store()
+        if self._readers >= MAX_READERS:
+            raise Overloaded(f"{MAX_READERS} streams of episodes are open, the most", retry_after_ms=FULL_RETRY_MS)
         cursor = request.cursor
         stopping = asyncio.create_task(self._stopping.wait())
+        self._readers += 1
         try:
             while True:
                 for stored in store.after(cursor):
@@ -130,9 +156,12 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
                 if not request.follow or stopping.done():
                     return
                 newer = asyncio.wrap_future(store.beyond(cursor))
-                await asyncio.wait({newer, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                newer.cancel()
+                try:
+                    await asyncio.wait({newer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    newer.cancel()
         finally:
+            self._readers -= 1
             stopping.cancel()
 
     @refusing
@@ -142,6 +171,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         store = self._need_store()
         if not request.reader:
             raise BadRequest("must be the reader's name, got ''", field="reader")
+        check_names(request, "reader")
         if request.leave:
             await asyncio.to_thread(store.leave, request.reader)
         else:
@@ -197,6 +227,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         for name in ("rollout_id", "task"):
             if not getattr(rollout, name):
                 raise BadRequest("must not be empty, got ''", field=f"{field}.{name}")
+        check_names(rollout, "rollout_id", "task", "initial_state", field=f"{field}.")
         if rollout.purpose not in PURPOSES:
             raise BadRequest(
                 f"must be PURPOSE_TRAIN or PURPOSE_EVALUATE, got code {rollout.purpose}", field=f"{field}.purpose"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+import time
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,20 +15,27 @@ import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from policy_server.access import ADMIN_PORT, POLICY_PORT, Access, Guard, Roles
 from policy_server.admin import AdminService
 from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest
+from policy_server.calls import DEFAULT_CALLS, Calls
 from policy_server.engine import Engine
 from policy_server.episode_store import EpisodeStore
-from policy_server.episodes import Episodes
+from policy_server.episodes import DEFAULT_CLIENT_EPISODES, Episodes
 from policy_server.errors import CannotStart
-from policy_server.observation import Observed
+from policy_server.http import HttpDoor
+from policy_server.metrics import Metrics, ServerState
+from policy_server.observation import Observed, max_request_bytes
+from policy_server.openpi import OpenpiDoor
 from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
 from policy_server.rollout_service import RolloutService
 from policy_server.service import PolicyService
 from policy_server.version_store import Kind, VersionStore
-from policy_server.versions import Versions
-from protos import admin_pb2, admin_pb2_grpc, policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from policy_server.versions import DEFAULT_ADAPTER_SLOTS, Versions
+from policy_server.watch import Watch
+from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 from protos.channel import MAX_MESSAGE_BYTES
+from protos.openpi_codec import Gripper
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +44,36 @@ ROLLOUTS = rollout_pb2.DESCRIPTOR.services_by_name["Rollouts"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
+DRAIN_LOOK_S = 0.05
+"""How soon a drain notices that the last episode has ended."""
+REPORT_S = 1.0
+"""How long a change of health may take to reach those who watch it: one who does not read holds up nobody."""
 
 OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its robots between them.
     ("grpc.so_reuseport", 0),
     # Robots ping every 10 s while a stream is quiet; the default takes that for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A client that is gone without a word is noticed within 30 s, and its calls end.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # newer gRPC waits for the longer of the two, by default a minute
+    ("grpc.http2.max_pings_without_data", 0),
+    # A connection over which nothing is asked is closed; a robot connects again when it asks.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
 ]
 
 
 class Model(Protocol):
-    """What the server needs of a policy."""
+    """What the server needs of a policy.  `Any` where weights are meant: what first or build() gave."""
+
+    @property
+    def first(self) -> Any:
+        """The weights it begins with."""
+        ...
 
     @property
     def spec(self) -> policy_pb2.PolicySpec:
@@ -60,39 +84,48 @@ class Model(Protocol):
         """An observation as decode() wants it; runs in any thread.  Raises BadRequest."""
         ...
 
-    def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
-        """One pass; runs in one thread only."""
+    def together(self, weights: Sequence[Any]) -> bool:
+        """Whether one pass can use them all, each for its own requests."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """How many passes can run beside each other."""
+        ...
+
+    def decode(self, requests: Sequence[DecodeRequest], weights: Sequence[Any], lane: int) -> list[DecodeAnswer]:
+        """One pass, each request with its own weights; from one thread for each lane.  Raises EngineGone."""
         ...
 
     def warm_up(self) -> None:
         """Everything that makes the first answers slow."""
         ...
 
-    def derive(self, folder: Path, kind: Kind) -> Model:
-        """The same policy with the weights of a folder; nothing of this one changes.  Raises BadRequest."""
+    def build(self, folder: Path, kind: Kind) -> Any:
+        """The weights in a folder, on the device; nothing of others changes.  Raises BadRequest."""
         ...
 
-    def score(self, prepared: list[Any], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
+    def score(self, prepared: Sequence[Any], token_ids_BN: np.ndarray, temperature: float, weights: Any) -> np.ndarray:
         """float32 log-probabilities (B, N) of given tokens in one pass."""
         ...
 
-    @property
-    def device_fingerprint(self) -> str:
-        """SHA-256 over the effective tensors as they lie on the device."""
+    def fingerprint(self, weights: Any) -> str:
+        """SHA-256 over the tensors as they lie on the device."""
         ...
 
     @property
     def max_weights_bytes(self) -> int:
-        """The largest file that derive() could have a use for."""
+        """The largest file that build() could have a use for."""
         ...
 
 
 class PolicyServer:
-    """Built cold; start() listens, warm_up() serves, stop() finishes what is in flight.
+    """Built cold; start() listens, warm_up() serves, drain() lets episodes end, stop() finishes what is in flight.
 
     port 0 takes a free one.  `store` None keeps no episodes.  Episodes that are silent for episode_idle_s are closed
     as errors; a lease that is not renewed for lease_s is lost.  `versions` None knows only the version it starts with,
-    and has no admin service; admin_port None has none either.
+    and has no admin service; admin_port None has none either.  `guard` None lets everybody in.  openpi_keys: camera,
+    state or prompt -> where an openpi robot's observation has it, if elsewhere than LIBERO's.
     """
 
     def __init__(
@@ -107,68 +140,158 @@ class PolicyServer:
         store: EpisodeStore | None,
         episode_idle_s: float,
         lease_s: float = DEFAULT_LEASE_S,
+        client_episodes: int = DEFAULT_CLIENT_EPISODES,
+        client_calls: int = DEFAULT_CALLS,
         versions: VersionStore | None = None,
+        adapter_slots: int = DEFAULT_ADAPTER_SLOTS,
         admin_port: int | None = None,
+        guard: Guard | None = None,
+        openpi_port: int | None = None,
+        openpi_keys: Mapping[str, str] | None = None,
+        openpi_gripper: Gripper = "libero",
+        http_port: int | None = None,
     ):
         self._host, self._port = host, port
+        self._guard = guard or Guard(Access())
         self._model = model
         self._store, self._version_store = store, versions
         self._idle_s = episode_idle_s
         rollouts = RolloutQueue(done=store.counted_rollouts() if store is not None else (), lease_s=lease_s)
-        self._episodes = Episodes(store, rollouts)
-        self._versions = Versions(model, store=versions, build=self._build, pinned=self._open_episodes)
-        self._passes = threading.Lock()
-        self._batcher = Batcher(
-            max_batch=max_batch, max_wait_ms=max_wait_ms, capacity=queue, expected=self._episodes.at_work
+        self._work = rollouts
+        self._episodes = Episodes(store, rollouts, per_client=client_episodes)
+        self._calls = Calls(most=client_calls)
+        self._versions = Versions(
+            model.first,
+            store=versions,
+            build=self._build,
+            pinned=self._pinned_versions,
+            adapter_slots=adapter_slots,
         )
-        self._engine = Engine(self._batcher, self._decode)
+        self._capacity = queue
+        self._batcher = Batcher(
+            max_batch=max_batch,
+            max_wait_ms=max_wait_ms,
+            capacity=queue,
+            expected=self._episodes.at_work,
+            together=self._together,
+            lanes=model.lanes,
+        )
+        self.metrics = Metrics()
+        self.metrics.registry.register(
+            ServerState(
+                batcher=self._batcher,
+                episodes=self._episodes,
+                store=store,
+                versions=self._versions,
+                version_store=versions,
+                adapter_slots=adapter_slots,
+            )
+        )
+        self._engine = Engine(
+            self._batcher, self._decode, lanes=model.lanes, observe=self.metrics.passed, gone=self._engine_gone
+        )
+        self.engine_is_gone = False
         self._service = PolicyService(
             spec=model.spec,
             versions=self._versions,
             prepare=model.prepare,
             batcher=self._batcher,
             episodes=self._episodes,
+            metrics=self.metrics,
         )
         self._rollouts = RolloutService(queue=rollouts, store=store, versions=self._versions)
         self._admin = self._admin_service() if admin_port is not None else None
         self.admin_port = admin_port
         """The real one once start() has returned."""
+        self._openpi: OpenpiDoor | None = None
+        if openpi_port is not None:
+            keys = openpi_keys or {}
+            self._openpi = OpenpiDoor(
+                self._service, model.spec, keys=keys, gripper=openpi_gripper, guard=self._guard, calls=self._calls
+            )
+        self.openpi_port = openpi_port
+        """The real one once start() has returned."""
+        self._http = self._http_door() if http_port is not None else None
+        self.http_port = http_port
+        """The real one once start() has returned."""
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] (set at run time)
         self._servers: list[grpc.aio.Server] = []
         self._expiry: asyncio.Task
+        self._started_s = time.monotonic()
+        self._warm = False
+        self._draining = asyncio.Event()
+        self._drain_ends_s = 0.0
 
     async def start(self) -> int:
         """Listens, NOT_SERVING yet; gives the port.  Raises CannotStart when an address is taken."""
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
-        server = grpc.aio.server(options=OPTIONS)
+        try:
+            return await self._open_ports()
+        except CannotStart:
+            await asyncio.gather(*(server.stop(None) for server in self._servers))
+            raise
+
+    async def _open_ports(self) -> int:
+        server = self._server(POLICY_PORT, max_request_bytes(self._model.spec))
         policy_pb2_grpc.add_PolicyServicer_to_server(self._service, server)
         rollout_pb2_grpc.add_RolloutsServicer_to_server(self._rollouts, server)
         port = await self._listen(server, self._port, POLICY, ROLLOUTS)
         if self._admin is not None and self.admin_port is not None:
-            server = grpc.aio.server(options=OPTIONS)
+            server = self._server(ADMIN_PORT, MAX_MESSAGE_BYTES)
             admin_pb2_grpc.add_AdminServicer_to_server(self._admin, server)
             self.admin_port = await self._listen(server, self.admin_port, ADMIN)
+        if self._openpi is not None and self.openpi_port is not None:
+            self.openpi_port = await self._openpi.start(self._host, self.openpi_port)
+        if self._http is not None and self.http_port is not None:
+            self.http_port = await self._http.start(self._host, self.http_port)
         return port
 
     async def warm_up(self) -> None:
         """Warms the model, then takes decisions.  Raises CannotStart when the live version cannot be built."""
+        self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._model.warm_up)
         await asyncio.to_thread(self._versions.open)
         self._engine.start()
         self._service.open()
         self._rollouts.open()
         self._expiry = asyncio.create_task(self._expire())
-        await self._report(health_pb2.HealthCheckResponse.SERVING)
+        self._warm = True
+        if not self._draining.is_set():
+            await self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, within_s: float) -> int:
+        """NOT_SERVING, and no new episodes, from this moment on; gives how many are open.
+
+        They may run to their end for so long, which a later call sets anew.
+        """
+        self._service.drain()
+        self._rollouts.drain()
+        self._drain_ends_s = time.monotonic() + within_s
+        self._draining.set()
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        left = len(self._episodes.open)
+        log.info("draining: %d episodes are open, and may end within %g s", left, within_s)
+        return left
+
+    async def drained(self) -> None:
+        """Returns once a drain has come to its end: no episode is open, or its time is over."""
+        await self._draining.wait()
+        while self._episodes.open and time.monotonic() < self._drain_ends_s:
+            await asyncio.sleep(DRAIN_LOOK_S)
 
     async def stop(self) -> None:
         """NOT_SERVING at once; decisions under way are answered, open episodes are closed as errors, then all ends."""
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._expiry.cancel()
-        await self._service.drain()
-        self._rollouts.drain()
+        await self._service.stop()
+        if self._openpi is not None:
+            await self._openpi.stop()
+        self._rollouts.stop()
         self._batcher.stop()
         await asyncio.to_thread(self._engine.join)
         await asyncio.gather(*(server.stop(grace=FLUSH_S) for server in self._servers))
+        if self._http is not None:
+            await self._http.stop()
         if self._admin is not None:
             await asyncio.to_thread(self._admin.close)
         for store in (self._store, self._version_store):
@@ -185,17 +308,45 @@ class PolicyServer:
         """Requests that are being prepared or queued."""
         return self._batcher.waiting
 
+    def status(self) -> admin_pb2.ServerStatus:
+        """How the server is now."""
+        state, ended, now_s = admin_pb2.SERVER_STATE_WARMING, self._episodes.ended, time.monotonic()
+        if self._draining.is_set():
+            state = admin_pb2.SERVER_STATE_DRAINING
+        elif self._warm:
+            state = admin_pb2.SERVER_STATE_SERVING
+        return admin_pb2.ServerStatus(
+            state=state,
+            model=self._model.spec.model,
+            live_version=self._versions.live,
+            uptime_s=now_s - self._started_s,
+            open_episodes=len(self._episodes.open),
+            waiting=self._batcher.waiting,
+            queue=self._capacity,
+            successes=ended[episode_pb2.OUTCOME_SUCCESS],
+            failures=ended[episode_pb2.OUTCOME_FAILURE],
+            errors=ended[episode_pb2.OUTCOME_ERROR],
+            drain_left_s=max(0.0, self._drain_ends_s - now_s) if self._draining.is_set() else None,
+        )
+
     async def _expire(self) -> None:
         await asyncio.gather(self._service.expire(self._idle_s), self._rollouts.expire())
+
+    def _server(self, roles: Mapping[str, Roles], most_bytes: int) -> grpc.aio.Server:
+        return grpc.aio.server(
+            options=[*OPTIONS, ("grpc.max_receive_message_length", most_bytes)],
+            interceptors=[self._calls, *self._guard.doorkeepers(roles)],
+        )
 
     async def _listen(self, server: grpc.aio.Server, port: int, *services: str) -> int:
         """Adds health and reflection, and gives the port."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        address, credentials = f"{self._host}:{port}", self._guard.server_credentials
         try:
-            port = server.add_insecure_port(f"{self._host}:{port}")
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError as error:
-            raise CannotStart(f"cannot listen on {self._host}:{port}: is another server running there?") from error
+            raise CannotStart(f"cannot listen on {address}: is another server running there?") from error
         await server.start()
         self._servers.append(server)
         return port
@@ -211,27 +362,62 @@ class PolicyServer:
             score=self._score,
             max_bytes=self._model.max_weights_bytes,
             open_episodes=self._open_episodes,
+            needed=self._needed_versions,
+            status=self.status,
+            drain=self.drain,
         )
 
-    def _decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
-        model = self._versions.model(requests[0].version)
-        with self._passes:
-            return model.decode(requests)
+    def _http_door(self) -> HttpDoor:
+        watch = Watch(
+            model=self._model.spec.model,
+            camera=self._model.spec.images[0].name,
+            check=self._service.check,
+            batcher=self._batcher,
+            episodes=self._episodes,
+            store=self._store,
+            versions=self._versions,
+            version_store=self._version_store,
+            metrics=self.metrics,
+        )
+        return HttpDoor(watch, self.metrics.registry, guard=self._guard)
+
+    def _together(self, versions: Collection[int]) -> bool:
+        held = [version for version in versions if self._versions.holds(version)]  # others come one at a time
+        return len(held) == len(versions) and self._model.together([self._versions.weights(v) for v in held])
+
+    def _decode(self, requests: list[DecodeRequest], lane: int) -> list[DecodeAnswer]:
+        weights = [self._versions.weights(request.version) for request in requests]
+        return self._model.decode(requests, weights, lane)
+
+    def _engine_gone(self) -> None:
+        if not self.engine_is_gone:
+            self.engine_is_gone = True
+            log.critical("the process that runs the model died: the server stops")
+            asyncio.run_coroutine_threadsafe(self.drain(0.0), self._loop)
 
     def _score(self, version: int, prepared: list[Any], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
-        model = self._versions.model(version)
-        with self._passes:
-            return model.score(prepared, token_ids_BN, temperature)
+        return self._model.score(prepared, token_ids_BN, temperature, self._versions.weights(version))
 
-    def _build(self, folder: Path, kind: Kind) -> tuple[Model, str]:
-        model = self._model.derive(folder, kind)
-        return model, model.device_fingerprint
+    def _build(self, folder: Path, kind: Kind) -> tuple[Any, str]:
+        weights = self._model.build(folder, kind)
+        return weights, self._model.fingerprint(weights)
 
     def _open_episodes(self) -> Counter[int]:
         """How many open episodes each version has."""
         live = self._versions.live
         return Counter(live if e.start.follow_live else e.start.version for e in self._episodes.open)
 
+    def _pinned_versions(self) -> set[int]:
+        """Those of open episodes, and of decisions under way: one that follows live may wait longer than live lasts."""
+        tickets = [flight.ticket for episode in self._episodes.open for flight in list(episode.flights.values())]
+        submitted = {ticket.request.version for ticket in tickets if ticket.state in ("queued", "decoding")}
+        return submitted.union(self._open_episodes())
+
+    def _needed_versions(self) -> set[int]:
+        """Those in memory, which all of open episodes are, and those that work names."""
+        return {version for version in self._versions.known if self._versions.holds(version)} | self._work.versions()
+
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", POLICY, ROLLOUTS, *[ADMIN] * (self._admin is not None)):
-            await self._health.set(service, status)
+        services = ("", POLICY, ROLLOUTS, *[ADMIN] * (self._admin is not None))
+        reports = [asyncio.create_task(self._health.set(service, status)) for service in services]
+        await asyncio.wait(reports, timeout=REPORT_S)

@@ -1,5 +1,7 @@
 """The Policy service: from messages to the batcher and back.
 
+start(), answer(), end() and spec() know nothing of gRPC: the openpi door (policy_server/openpi.py) uses them as well.
+
 One event loop does the network; images are decoded and prepared in a small pool, so that this overlaps with the model,
 which runs in the engine's thread.  A call that the client cancels, or whose deadline passes, is cancelled by gRPC: the
 last one to leave takes its decision out of the queue before the model sees it.
@@ -10,25 +12,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from policy_server.act_stream import RobotStream
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
+from policy_server.calls import client_of
 from policy_server.episodes import Episode, Episodes, Flight
 from policy_server.errors import Abandoned, BadRequest, Refused, Superseded
-from policy_server.observation import Observed, check_sampling, check_ticks, read_observation
-from policy_server.refusals import Door, refusals_only, refusing
+from policy_server.logs import about
+from policy_server.metrics import Metrics, counted
+from policy_server.observation import (
+    MAX_TICKS,
+    Observed,
+    check_choice,
+    check_names,
+    check_sampling,
+    check_ticks,
+    max_request_bytes,
+    read_observation,
+)
+from policy_server.refusals import DRAINING, STOPPING, Door, ids, note, refusals_only, refusing
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
 from protos.codec import encode_tensor
 
 log = logging.getLogger(__name__)
-
-STREAM_DEPTH = 256
-"""Requests of one stream that may be under way; the rest waits in the client's flow control."""
 
 Prepare = Callable[[Observed], Any]
 
@@ -44,6 +57,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         prepare: Prepare,
         batcher: Batcher,
         episodes: Episodes,
+        metrics: Metrics,
         preparers: int = 2,
     ):
         self._spec = spec
@@ -51,104 +65,72 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         self._prepare = prepare
         self._batcher = batcher
         self._episodes = episodes
+        self.metrics = metrics
         self._pool = ThreadPoolExecutor(preparers, thread_name_prefix="prepare")
-        self._door = Door()
-        self._streams: set[asyncio.Task] = set()
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
+        self._entrance, self._door = Door(), Door()  # for new episodes, and for decisions of those there are
+        self._streams: set[RobotStream] = set()
 
     def open(self) -> None:
-        """From now on decisions are taken."""
+        """From now on episodes and their decisions are taken."""
+        self._entrance.open()
         self._door.open()
 
-    async def drain(self) -> None:
-        """Refuses new decisions and episodes, finishes those under way, closes the open episodes as errors."""
-        self._door.close()
-        for task in self._streams:
-            task.cancel()
+    def drain(self) -> None:
+        """No more new episodes."""
+        self._entrance.close(DRAINING)
+
+    async def stop(self) -> None:
+        """Refuses new decisions too, finishes those under way, closes the open episodes as errors."""
+        for door in (self._entrance, self._door):
+            door.close(STOPPING)
+        for stream in self._streams:
+            stream.stop()
         for episode in self._episodes.open:
             await asyncio.gather(*(flight.task for flight in episode.flights.values()), return_exceptions=True)
             await self._close(episode, error="the server stopped")
 
     async def expire(self, idle_s: float) -> None:
-        """Closes as errors the episodes that were silent for longer than idle_s; runs until cancelled."""
+        """Ends what was silent for longer than idle_s, episodes as errors; runs until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, idle_s / 4))
+            for stream in self._streams:
+                stream.watch(idle_s)
             for episode in self._episodes.idle(idle_s):
                 log.warning("episode %s was silent for %g s: closed as an error", episode.start.episode_id, idle_s)
                 await self._close(episode, error=f"nothing was heard of it for {idle_s:g} s")
 
-    @refusing
-    async def GetSpec(self, request: policy_pb2.GetSpecRequest, context: Any) -> policy_pb2.PolicySpec:
+    def check(self) -> None:
+        """Raises Unavailable while no episodes are taken."""
+        self._entrance.check()
+
+    def is_open(self, episode_id: str) -> bool:
+        """Whether decisions of that episode are taken."""
+        return self._episodes.is_open(episode_id)
+
+    def spec(self) -> policy_pb2.PolicySpec:
+        """Everything a client must know before it moves, as it is now."""
         spec = policy_pb2.PolicySpec()
         spec.CopyFrom(self._spec)
         spec.live_version = self._versions.live
         spec.versions.extend(self._versions.known)
         spec.stores_episodes = self._episodes.stores
+        spec.max_request_bytes, spec.max_request_ticks = max_request_bytes(self._spec), MAX_TICKS
         return spec
 
-    @refusing
-    async def StartEpisode(self, request: policy_pb2.StartEpisodeRequest, context: Any) -> policy_pb2.StartEpisodeReply:
-        self._door.check()
-        reply = self._episodes.start(request, self._start_record)
-        if not self._versions.holds(reply.version):  # it is pinned by now, and will stay
-            await asyncio.to_thread(self._versions.model, reply.version)
+    @counted("start")
+    async def start(self, request: policy_pb2.StartEpisodeRequest, *, client: str = "") -> policy_pb2.StartEpisodeReply:
+        """Opens an episode of that client's.  Raises Refused."""
+        self._entrance.check()
+        check_names(request, "task", "initial_state", "arm", "asset_tree", "request_id")
+        reply = self._episodes.start(request, self._start_record, client=client)
+        if not self._versions.holds(reply.version):
+            await self._build(request, reply)
         return reply
 
-    @refusing
-    async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
-        return await self._answer(request)
-
-    async def ActStream(self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any) -> None:
-        under_way: set[asyncio.Task] = set()
-        writing = asyncio.Lock()
-
-        async def serve(request: policy_pb2.ActRequest) -> None:
-            try:
-                with refusals_only():
-                    reply = await self._answer(request)
-            except Refused as refused:
-                reply = _reply(request, refusal=refused.message)
-            async with writing:
-                await context.write(reply)
-
-        async def read() -> None:
-            async for request in requests:
-                task = asyncio.create_task(serve(request))
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
-                if len(under_way) >= STREAM_DEPTH:
-                    await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-
-        reading = asyncio.create_task(read())
-        self._streams.add(reading)
-        try:
-            await asyncio.wait({reading})  # until the client half-closes, or drain() stops the reading
-            await asyncio.gather(*under_way)
-        finally:
-            self._streams.discard(reading)
-            for task in {reading, *under_way}:
-                task.cancel()
-
-    @refusing
-    async def EndEpisode(self, request: policy_pb2.EndEpisodeRequest, context: Any) -> policy_pb2.EndEpisodeReply:
-        closing = self._episodes.closing(request.episode_id)
-        if closing is None:
-            sequence = self._episodes.closed(request.episode_id)
-            if sequence is not None:
-                return policy_pb2.EndEpisodeReply(sequence=sequence)
-            episode = self._episodes.find(request.episode_id)
-            self._check_end(request)
-            end = episode_pb2.EpisodeEnd(
-                outcome=request.outcome,
-                terminal=request.terminal,
-                final_observation=request.final_observation if request.HasField("final_observation") else None,
-                message=request.message,
-                ended_unix_ns=time.time_ns(),
-            )
-            closing = self._begin_close(episode, end, list(request.executed))
-        return policy_pb2.EndEpisodeReply(sequence=await asyncio.shield(closing))
-
-    async def _answer(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
-        """The chunk for one request.  Raises Refused."""
+    @counted("act")
+    async def answer(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
+        """The chunk for one request; who is cancelled while waiting for it waits no more.  Raises Refused."""
         self._door.check()
         episode = self._episodes.find(request.episode_id)
         check_ticks(request.executed, len(self._spec.action))
@@ -160,6 +142,72 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             return await asyncio.shield(flight.task)
         finally:
             self._batcher.withdraw(flight.ticket, Abandoned("nobody waits for this answer"))
+
+    @counted("end")
+    async def end(self, request: policy_pb2.EndEpisodeRequest) -> policy_pb2.EndEpisodeReply:
+        """Closes an episode, once; returns when it is safe.  Raises Refused."""
+        if self._episodes.is_open(request.episode_id):
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._check_end, request)
+        closing = self._episodes.closing(request.episode_id)
+        if closing is None:
+            sequence = self._episodes.closed(request.episode_id)
+            if sequence is not None:
+                return policy_pb2.EndEpisodeReply(sequence=sequence)
+            episode = self._episodes.find(request.episode_id)
+            end = episode_pb2.EpisodeEnd(
+                outcome=request.outcome,
+                terminal=request.terminal,
+                final_observation=request.final_observation if request.HasField("final_observation") else None,
+                message=request.message,
+                ended_unix_ns=time.time_ns(),
+            )
+            closing = self._begin_close(episode, end, list(request.executed))
+        return policy_pb2.EndEpisodeReply(sequence=await asyncio.shield(closing))
+
+    @refusing
+    async def GetSpec(self, request: policy_pb2.GetSpecRequest, context: Any) -> policy_pb2.PolicySpec:
+        return self.spec()
+
+    @refusing
+    async def StartEpisode(self, request: policy_pb2.StartEpisodeRequest, context: Any) -> policy_pb2.StartEpisodeReply:
+        return await self.start(request, client=client_of(context.peer()))
+
+    @refusing
+    async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
+        return await self.answer(request)
+
+    @refusing
+    async def ActStream(self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any) -> None:
+        stream = RobotStream(self._replied, context.write)
+        self._streams.add(stream)
+        try:
+            await stream.serve(requests)
+        finally:
+            self._streams.discard(stream)
+
+    @refusing
+    async def EndEpisode(self, request: policy_pb2.EndEpisodeRequest, context: Any) -> policy_pb2.EndEpisodeReply:
+        return await self.end(request)
+
+    async def _replied(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
+        """The answer or the refusal: in a stream both are replies."""
+        with about(**ids(request)):
+            try:
+                with refusals_only():
+                    return await self.answer(request)
+            except Refused as refused:
+                note(refused)
+                return _reply(request, refusal=refused.message)
+
+    async def _build(self, request: policy_pb2.StartEpisodeRequest, reply: policy_pb2.StartEpisodeReply) -> None:
+        """The weights of an episode that has pinned them by now; one that cannot have them is closed again."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._builder, self._versions.weights, reply.version)
+        except Refused as refused:
+            self._episodes.unstart(request.request_id)
+            if self._episodes.is_open(reply.episode_id):
+                await self._close(self._episodes.find(reply.episode_id), error=str(refused))
+            raise
 
     def _launch(self, episode: Episode, request: policy_pb2.ActRequest) -> Flight:
         """Newest wins: what the model has not seen yet of this episode is refused; what it has is shared by a retry."""
@@ -193,6 +241,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             self._batcher.submit(ticket, decode)
         answered = await asyncio.wrap_future(ticket.answer)
         prepare_ms = 1e3 * (ticket.submitted_s - started_s)
+        self.metrics.prepared(prepare_ms / 1e3)
         reply = _reply(request, chunk=_chunk(answered, start.temperature, prepare_ms))
         try:
             episode.answered(request, reply)
@@ -204,8 +253,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         return self._prepare(read_observation(request.observation, self._spec, field="observation"))
 
     def _check_end(self, request: policy_pb2.EndEpisodeRequest) -> None:
-        if request.outcome == episode_pb2.OUTCOME_UNSPECIFIED:
-            raise BadRequest("must say how the episode ended, got OUTCOME_UNSPECIFIED", field="outcome")
+        check_choice(request.outcome, episode_pb2.Outcome, "must say how the episode ended", field="outcome")
         check_ticks(request.executed, len(self._spec.action))
         # An episode that ended in an error is taken whatever it saw last: the frame may be the error.
         if request.HasField("final_observation") and request.outcome != episode_pb2.OUTCOME_ERROR:
@@ -237,8 +285,9 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         asked = rollout if rollout is not None else request
         follow_live = request.follow_live and rollout is None
         check_sampling(asked.temperature, asked.noise_correlation)
-        if asked.purpose == episode_pb2.PURPOSE_UNSPECIFIED:
-            raise BadRequest("must say what the episode is for, got PURPOSE_UNSPECIFIED", field="purpose")
+        if not (math.isfinite(request.tick_rate_hz) and request.tick_rate_hz >= 0):
+            raise BadRequest(f"must be finite and not negative, got {request.tick_rate_hz}", field="tick_rate_hz")
+        check_choice(asked.purpose, episode_pb2.Purpose, "must say what the episode is for", field="purpose")
         if follow_live and asked.HasField("version"):
             raise BadRequest(
                 f"an episode follows live or names a version, got version {asked.version} and follow_live",

@@ -5,6 +5,7 @@
         version.json           parent, kind, note, when, fingerprint
         model.safetensors      or adapter_model.safetensors and adapter_config.json
     FOLDER/incoming-xxxx/      being received; of no number until it is whole
+    FOLDER/deleted-00000002/   on its way out
 
 A number is given when a version is whole and is never given again, whatever becomes of the folder.
 """
@@ -21,13 +22,13 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Literal
 
-from policy_server.errors import CannotStart, Overloaded
+from policy_server.errors import CannotStart, Overloaded, UnknownVersion
 from protos.episode_file import sync
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,13 @@ Kind = Literal["first", "full", "lora"]
 WEIGHTS: dict[Kind, str] = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD, STATE = "version.json", "state.json"
-INCOMING = "incoming-"
+INCOMING, DELETED = "incoming-", "deleted-"
+DEFAULT_KEEP_VERSIONS = 16
 
 FULL_DISK_RETRY_MS = 10_000
 RESERVE_BYTES = 256 * 2**20
+SWAPS = 100
+"""So many are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,17 @@ class Version:
     published_unix_ns: int
     device_fingerprint: str
     """SHA-256 over the effective tensors as they lie on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """Another version was made live."""
+
+    number: int
+    """Of the swaps since the server started, from 1."""
+    unix_ns: int
+    previous: int
+    live: int
 
 
 class Incoming:
@@ -92,16 +107,20 @@ class Incoming:
 class VersionStore:
     """Thread-safe.  `first` is the device fingerprint of version 0; a folder is of one version 0 only.
 
-    folder None keeps the versions in a scratch folder that goes with the store.
+    folder None keeps the versions in a scratch folder that goes with the store.  keep: how many of the newest trim()
+    leaves whatever happens; None leaves all.
     Raises CannotStart when the folder cannot be used, or is of another model.
     """
 
-    def __init__(self, folder: Path | None, *, first: str, reserve_bytes: int = RESERVE_BYTES):
+    def __init__(self, folder: Path | None, *, first: str, keep: int | None = None, reserve_bytes: int = RESERVE_BYTES):
+        self._keep = keep
         self._scratch = folder is None
         self._folder = folder or Path(mkdtemp(prefix="versions-"))
         self._reserve_bytes = reserve_bytes
         self._writing = threading.Lock()
         self.live = self._last = FIRST_VERSION
+        self.swaps: Sequence[Swap] = ()
+        """The last ones, newest last."""
         self._versions = {FIRST_VERSION: _first(first)}  # replaced, never changed: readers wait for no disk
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -156,14 +175,40 @@ class VersionStore:
             os.replace(incoming.folder, self.path(version.version))
             sync(self._folder)
             self._versions = {**self._versions, version.version: version}
+        log.info("version %d is published", version.version, extra={"version": version.version, "note": note})
         return version
 
     def set_live(self, version: int) -> int:
-        """Makes a known version live, also after a power cut; gives the one before.  Raises OSError."""
+        """Makes a version live, also after a power cut; gives the one before.  Raises UnknownVersion, OSError."""
         with self._writing:
+            if version not in self._versions:
+                raise UnknownVersion(f"there is no version {version} any more", field="version")
             previous = self.live
             self._write_state(live=version, last=self._last)
+            if version != previous:
+                number = self.swaps[-1].number + 1 if self.swaps else 1
+                swap = Swap(number=number, unix_ns=time.time_ns(), previous=previous, live=version)
+                self.swaps = (*self.swaps[-SWAPS + 1 :], swap)
+        log.info("version %d is live, %d was before", version, previous, extra={"version": version})
         return previous
+
+    def trim(self, needed: Collection[int]) -> None:
+        """Deletes what is not among the newest, nor needed, nor live, nor what the live one was trained from.
+
+        Version 0 is in no folder, and stays.
+        """
+        if self._keep is None:
+            return
+        with self._writing:
+            kept = {*sorted(self._versions)[-self._keep :], *needed, self.live, self._versions[self.live].parent}
+            deleted = sorted(self._versions.keys() - kept - {FIRST_VERSION})
+            self._versions = {number: one for number, one in self._versions.items() if number not in deleted}
+            for version in deleted:
+                with contextlib.suppress(OSError):  # then it is there again after a restart
+                    gone = self._folder / f"{DELETED}{version:08d}"
+                    os.replace(self.path(version), gone)  # at once: a kill leaves no half of a version
+                    shutil.rmtree(gone, ignore_errors=True)
+                log.info("version %d is deleted", version, extra={"version": version})
 
     def close(self) -> None:
         """Lets another server use the folder."""
@@ -181,6 +226,8 @@ class VersionStore:
         self.live, self._last = live, last
 
     def _recover(self, first: str) -> None:
+        for gone in self._folder.glob(f"{DELETED}*"):
+            shutil.rmtree(gone)
         for unfinished in self._folder.glob(f"{INCOMING}*"):
             log.warning("weights in %s were never published: dropped", unfinished.name)
             shutil.rmtree(unfinished)

@@ -16,15 +16,17 @@ from protos import episode_pb2 as protos_dot_episode__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\x06vla_rl\x1a\x14protos/episode.proto\x1a\x13protos/tensor.proto\"\xb3\x01\n\rWeightsHeader\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.vla_rl.WeightsKind\x12\x18\n\x10\x62\x61se_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x06 \x01(\t\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x10\n\x08set_live\x18\x08 \x01(\x08\"X\n\x15PublishWeightsRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.vla_rl.WeightsHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"B\n\x13PublishWeightsReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x02 \x01(\t\"!\n\x0eSetLiveRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\" \n\x0cSetLiveReply\x12\x10\n\x08previous\x18\x01 \x01(\x04\"\x15\n\x13ListVersionsRequest\"H\n\x11ListVersionsReply\x12\x0c\n\x04live\x18\x01 \x01(\x04\x12%\n\x08versions\x18\x02 \x03(\x0b\x32\x13.vla_rl.VersionInfo\"\xad\x01\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\x04\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.vla_rl.WeightsKind\x12\x0c\n\x04note\x18\x04 \x01(\t\x12\x19\n\x11published_unix_ns\x18\x05 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x06 \x01(\t\x12\x15\n\ropen_episodes\x18\x07 \x01(\r\"T\n\x05Probe\x12(\n\x0bobservation\x18\x01 \x01(\x0b\x32\x13.vla_rl.Observation\x12!\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x0e.vla_rl.Tensor\"X\n\x11ScoreProbeRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1d\n\x06probes\x18\x02 \x03(\x0b\x32\r.vla_rl.Probe\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\"9\n\x0fScoreProbeReply\x12&\n\x0etoken_logprobs\x18\x01 \x01(\x0b\x32\x0e.vla_rl.Tensor*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x32\x9a\x02\n\x05\x41\x64min\x12N\n\x0ePublishWeights\x12\x1d.vla_rl.PublishWeightsRequest\x1a\x1b.vla_rl.PublishWeightsReply(\x01\x12\x37\n\x07SetLive\x12\x16.vla_rl.SetLiveRequest\x1a\x14.vla_rl.SetLiveReply\x12\x46\n\x0cListVersions\x12\x1b.vla_rl.ListVersionsRequest\x1a\x19.vla_rl.ListVersionsReply\x12@\n\nScoreProbe\x12\x19.vla_rl.ScoreProbeRequest\x1a\x17.vla_rl.ScoreProbeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\x06vla_rl\x1a\x14protos/episode.proto\x1a\x13protos/tensor.proto\"\xb3\x01\n\rWeightsHeader\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.vla_rl.WeightsKind\x12\x18\n\x10\x62\x61se_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x06 \x01(\t\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x10\n\x08set_live\x18\x08 \x01(\x08\"X\n\x15PublishWeightsRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.vla_rl.WeightsHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"B\n\x13PublishWeightsReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x02 \x01(\t\"!\n\x0eSetLiveRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\" \n\x0cSetLiveReply\x12\x10\n\x08previous\x18\x01 \x01(\x04\"\x15\n\x13ListVersionsRequest\"H\n\x11ListVersionsReply\x12\x0c\n\x04live\x18\x01 \x01(\x04\x12%\n\x08versions\x18\x02 \x03(\x0b\x32\x13.vla_rl.VersionInfo\"\xad\x01\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\x04\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.vla_rl.WeightsKind\x12\x0c\n\x04note\x18\x04 \x01(\t\x12\x19\n\x11published_unix_ns\x18\x05 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x06 \x01(\t\x12\x15\n\ropen_episodes\x18\x07 \x01(\r\"T\n\x05Probe\x12(\n\x0bobservation\x18\x01 \x01(\x0b\x32\x13.vla_rl.Observation\x12!\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x0e.vla_rl.Tensor\"X\n\x11ScoreProbeRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1d\n\x06probes\x18\x02 \x03(\x0b\x32\r.vla_rl.Probe\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\"9\n\x0fScoreProbeReply\x12&\n\x0etoken_logprobs\x18\x01 \x01(\x0b\x32\x0e.vla_rl.Tensor\"\x12\n\x10GetStatusRequest\"\x81\x02\n\x0cServerStatus\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.vla_rl.ServerState\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0clive_version\x18\x03 \x01(\x04\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x15\n\ropen_episodes\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\r\n\x05queue\x18\x07 \x01(\r\x12\x11\n\tsuccesses\x18\x08 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\t \x01(\x04\x12\x0e\n\x06\x65rrors\x18\n \x01(\x04\x12\x19\n\x0c\x64rain_left_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_drain_left_s\" \n\x0c\x44rainRequest\x12\x10\n\x08within_s\x18\x01 \x01(\x01\"#\n\nDrainReply\x12\x15\n\ropen_episodes\x18\x01 \x01(\r*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02*z\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_WARMING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x32\x8a\x03\n\x05\x41\x64min\x12N\n\x0ePublishWeights\x12\x1d.vla_rl.PublishWeightsRequest\x1a\x1b.vla_rl.PublishWeightsReply(\x01\x12\x37\n\x07SetLive\x12\x16.vla_rl.SetLiveRequest\x1a\x14.vla_rl.SetLiveReply\x12\x46\n\x0cListVersions\x12\x1b.vla_rl.ListVersionsRequest\x1a\x19.vla_rl.ListVersionsReply\x12@\n\nScoreProbe\x12\x19.vla_rl.ScoreProbeRequest\x1a\x17.vla_rl.ScoreProbeReply\x12;\n\tGetStatus\x12\x18.vla_rl.GetStatusRequest\x1a\x14.vla_rl.ServerStatus\x12\x31\n\x05\x44rain\x12\x14.vla_rl.DrainRequest\x1a\x12.vla_rl.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_WEIGHTSKIND']._serialized_start=990
-  _globals['_WEIGHTSKIND']._serialized_end=1079
+  _globals['_WEIGHTSKIND']._serialized_start=1341
+  _globals['_WEIGHTSKIND']._serialized_end=1430
+  _globals['_SERVERSTATE']._serialized_start=1432
+  _globals['_SERVERSTATE']._serialized_end=1554
   _globals['_WEIGHTSHEADER']._serialized_start=74
   _globals['_WEIGHTSHEADER']._serialized_end=253
   _globals['_PUBLISHWEIGHTSREQUEST']._serialized_start=255
@@ -47,6 +49,14 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_SCOREPROBEREQUEST']._serialized_end=929
   _globals['_SCOREPROBEREPLY']._serialized_start=931
   _globals['_SCOREPROBEREPLY']._serialized_end=988
-  _globals['_ADMIN']._serialized_start=1082
-  _globals['_ADMIN']._serialized_end=1364
+  _globals['_GETSTATUSREQUEST']._serialized_start=990
+  _globals['_GETSTATUSREQUEST']._serialized_end=1008
+  _globals['_SERVERSTATUS']._serialized_start=1011
+  _globals['_SERVERSTATUS']._serialized_end=1268
+  _globals['_DRAINREQUEST']._serialized_start=1270
+  _globals['_DRAINREQUEST']._serialized_end=1302
+  _globals['_DRAINREPLY']._serialized_start=1304
+  _globals['_DRAINREPLY']._serialized_end=1339
+  _globals['_ADMIN']._serialized_start=1557
+  _globals['_ADMIN']._serialized_end=1951
 # @@protoc_insertion_point(module_scope)

@@ -13,9 +13,20 @@ class WeightsKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WEIGHTS_KIND_UNSPECIFIED: _ClassVar[WeightsKind]
     WEIGHTS_KIND_FULL: _ClassVar[WeightsKind]
     WEIGHTS_KIND_LORA: _ClassVar[WeightsKind]
+
+class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SERVER_STATE_UNSPECIFIED: _ClassVar[ServerState]
+    SERVER_STATE_WARMING: _ClassVar[ServerState]
+    SERVER_STATE_SERVING: _ClassVar[ServerState]
+    SERVER_STATE_DRAINING: _ClassVar[ServerState]
 WEIGHTS_KIND_UNSPECIFIED: WeightsKind
 WEIGHTS_KIND_FULL: WeightsKind
 WEIGHTS_KIND_LORA: WeightsKind
+SERVER_STATE_UNSPECIFIED: ServerState
+SERVER_STATE_WARMING: ServerState
+SERVER_STATE_SERVING: ServerState
+SERVER_STATE_DRAINING: ServerState
 
 class WeightsHeader(_message.Message):
     __slots__ = ("kind", "base_fingerprint", "parent", "sha256", "bytes", "adapter_config", "note", "set_live")
@@ -118,3 +129,45 @@ class ScoreProbeReply(_message.Message):
     TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_logprobs: _tensor_pb2.Tensor
     def __init__(self, token_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerStatus(_message.Message):
+    __slots__ = ("state", "model", "live_version", "uptime_s", "open_episodes", "waiting", "queue", "successes", "failures", "errors", "drain_left_s")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIVE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    OPEN_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    SUCCESSES_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    state: ServerState
+    model: str
+    live_version: int
+    uptime_s: float
+    open_episodes: int
+    waiting: int
+    queue: int
+    successes: int
+    failures: int
+    errors: int
+    drain_left_s: float
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., model: _Optional[str] = ..., live_version: _Optional[int] = ..., uptime_s: _Optional[float] = ..., open_episodes: _Optional[int] = ..., waiting: _Optional[int] = ..., queue: _Optional[int] = ..., successes: _Optional[int] = ..., failures: _Optional[int] = ..., errors: _Optional[int] = ..., drain_left_s: _Optional[float] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("within_s",)
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    within_s: float
+    def __init__(self, within_s: _Optional[float] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("open_episodes",)
+    OPEN_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    open_episodes: int
+    def __init__(self, open_episodes: _Optional[int] = ...) -> None: ...

@@ -34,6 +34,16 @@ class AdminStub(object):
                 request_serializer=protos_dot_admin__pb2.ScoreProbeRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ScoreProbeReply.FromString,
                 )
+        self.GetStatus = channel.unary_unary(
+                '/vla_rl.Admin/GetStatus',
+                request_serializer=protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServerStatus.FromString,
+                )
+        self.Drain = channel.unary_unary(
+                '/vla_rl.Admin/Drain',
+                request_serializer=protos_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.DrainReply.FromString,
+                )
 
 
 class AdminServicer(object):
@@ -66,6 +76,22 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """How the server is, in a glance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """The way out: no new episode from this moment on (UNAVAILABLE, and NOT_SERVING to health probes); open ones may run to
+        their end within a time, then what SIGTERM does: decisions under way are answered, episodes still open are closed as
+        errors, and the process ends with code 0.  Returns at once; GetStatus tells how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,6 +114,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ScoreProbe,
                     request_deserializer=protos_dot_admin__pb2.ScoreProbeRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ScoreProbeReply.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=protos_dot_admin__pb2.GetStatusRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServerStatus.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -164,5 +200,39 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/ScoreProbe',
             protos_dot_admin__pb2.ScoreProbeRequest.SerializeToString,
             protos_dot_admin__pb2.ScoreProbeReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/GetStatus',
+            protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
+            protos_dot_admin__pb2.ServerStatus.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/Drain',
+            protos_dot_admin__pb2.DrainRequest.SerializeToString,
+            protos_dot_admin__pb2.DrainReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

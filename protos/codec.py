@@ -24,6 +24,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_SIDE_PX = 4096
+MAX_AXES = 8
 
 
 class CodecError(ValueError):
@@ -59,6 +60,8 @@ def decode_tensor(
         raise CodecError(field, f"dtype must be one of {[d.name for d in CODES]}, got code {message.dtype}")
     if dtype is not None and got != np.dtype(dtype):
         raise CodecError(field, f"dtype must be {dtype}, got {got.name}")
+    if len(message.shape) > MAX_AXES:
+        raise CodecError(field, f"shape must have at most {MAX_AXES} axes, got {len(message.shape)}")
     extents = tuple(message.shape)
     if shape is not None and not _fits(extents, shape):
         wanted = tuple("any" if extent is None else extent for extent in shape)

@@ -38,7 +38,7 @@ SUCCESS = "next.success"
 
 DECISION = "decision"
 TICK = "tick"
-"""Ticks that had been executed when the observation was taken."""
+"""Ticks executed before the first that counts from the observation: those held since, for its answer, among them."""
 CAPTURE_TIME_NS = "capture_time_ns"
 
 EXECUTED_ACTIONS = "executed.actions"

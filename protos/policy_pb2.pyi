@@ -50,7 +50,7 @@ class ActionTokens(_message.Message):
     def __init__(self, bins: _Optional[int] = ..., vocabulary: _Optional[int] = ..., low: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., high: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class PolicySpec(_message.Message):
-    __slots__ = ("model", "base_fingerprint", "action", "action_tokens", "chunk_length", "tick_rate_hz", "images", "state", "max_instruction_tokens", "max_image_bytes", "live_version", "versions", "image_path", "unnorm_key", "stores_episodes")
+    __slots__ = ("model", "base_fingerprint", "action", "action_tokens", "chunk_length", "tick_rate_hz", "images", "state", "max_instruction_tokens", "max_image_bytes", "live_version", "versions", "image_path", "unnorm_key", "stores_episodes", "max_request_bytes", "max_request_ticks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,8 @@ class PolicySpec(_message.Message):
     IMAGE_PATH_FIELD_NUMBER: _ClassVar[int]
     UNNORM_KEY_FIELD_NUMBER: _ClassVar[int]
     STORES_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_TICKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     base_fingerprint: str
     action: _containers.RepeatedCompositeFieldContainer[Dimension]
@@ -81,7 +83,9 @@ class PolicySpec(_message.Message):
     image_path: str
     unnorm_key: str
     stores_episodes: bool
-    def __init__(self, model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., action: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., action_tokens: _Optional[_Union[ActionTokens, _Mapping]] = ..., chunk_length: _Optional[int] = ..., tick_rate_hz: _Optional[float] = ..., images: _Optional[_Iterable[_Union[ImageSpec, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., max_instruction_tokens: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., live_version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., image_path: _Optional[str] = ..., unnorm_key: _Optional[str] = ..., stores_episodes: bool = ...) -> None: ...
+    max_request_bytes: int
+    max_request_ticks: int
+    def __init__(self, model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., action: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., action_tokens: _Optional[_Union[ActionTokens, _Mapping]] = ..., chunk_length: _Optional[int] = ..., tick_rate_hz: _Optional[float] = ..., images: _Optional[_Iterable[_Union[ImageSpec, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., max_instruction_tokens: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., live_version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., image_path: _Optional[str] = ..., unnorm_key: _Optional[str] = ..., stores_episodes: bool = ..., max_request_bytes: _Optional[int] = ..., max_request_ticks: _Optional[int] = ...) -> None: ...
 
 class StartEpisodeRequest(_message.Message):
     __slots__ = ("task", "initial_state", "purpose", "version", "follow_live", "temperature", "seed", "arm", "asset_tree", "tick_rate_hz", "request_id", "lease_id", "noise_correlation")

@@ -16,6 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from sim import assets
+from tests.certificates import Authority
 from tests.server.running import RunningServer, serving
 
 
@@ -59,6 +60,18 @@ def tiny_vla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(["pick up the black bowl and place it on the plate"], size=512)
     save_checkpoint(folder, VLA.initialise(config, seed=0), tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who signs the certificates of this lab."""
+    return Authority(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def other_lab(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who signs those of another."""
+    return Authority(tmp_path_factory.mktemp("other_lab"))
 
 
 @pytest.fixture(scope="session")

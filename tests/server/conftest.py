@@ -24,7 +24,7 @@ def tiny_model(tiny_vla: Path) -> VlaModel:
 
 @pytest.fixture
 def admin_server(tiny_model: VlaModel, tmp_path: Path) -> Iterator[RunningServer]:
-    store = VersionStore(tmp_path / "versions", first=tiny_model.device_fingerprint)
+    store = VersionStore(tmp_path / "versions", first=tiny_model.fingerprint(tiny_model.first))
     with serving(tiny_model, max_batch=8, queue=64, versions=store, admin_port=0) as running:
         yield running
 

@@ -29,6 +29,8 @@ class FakeModel:
         self._pass_s = pass_s
         self._warm_s = warm_s
 
+    first, lanes = None, 1
+
     @property
     def spec(self) -> policy_pb2.PolicySpec:
         return policy_pb2.PolicySpec(
@@ -60,7 +62,7 @@ class FakeModel:
             raise RuntimeError("the fake model stumbled")
         return float(observed.images["agentview"].mean()), observed.instruction
 
-    def decode(self, requests: list[DecodeRequest]) -> list[DecodeAnswer]:
+    def decode(self, requests: list[DecodeRequest], weights: list[None], lane: int) -> list[DecodeAnswer]:
         self.batches.append(list(requests))
         self.gate.wait()
         time.sleep(self._pass_s)

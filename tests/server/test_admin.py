@@ -15,11 +15,11 @@ import pytest
 import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from policy_server.__main__ import load
 from policy_server.config import ServeConfig
+from policy_server.loading import load
 from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_checkpoint, weights_fingerprint
-from policy_server.vla.lora import load_lora, lora_tensors, merge_lora
+from policy_server.vla.lora import load_lora, lora_tensors
 from protos import admin_pb2, admin_pb2_grpc, policy_pb2, policy_pb2_grpc
 from protos.codec import decode_tensor, encode_tensor
 from tests.server import messages
@@ -35,20 +35,22 @@ def test_full_weights_become_a_version_whose_tensors_are_proved(admin_server, ad
     versions = listed(admin)
     assert versions.live == 1
     first, published = versions.versions
-    assert (first.version, first.kind, first.device_fingerprint) == (0, 0, admin_server.model.device_fingerprint)
+    assert (first.version, first.kind, first.device_fingerprint) == (
+        0,
+        0,
+        admin_server.model.fingerprint(admin_server.model.first),
+    )
     assert (published.version, published.parent, published.kind, published.note) == (1, 0, FULL, "a test")
     assert published.device_fingerprint == reply.device_fingerprint and published.published_unix_ns > 0
     spec = admin_server.policy.GetSpec(policy_pb2.GetSpecRequest())
     assert (spec.live_version, list(spec.versions)) == (1, [0, 1])
 
 
-def test_an_adapter_becomes_a_version_equal_to_the_learners_merge(admin_server, admin, base, tmp_path):
+def test_an_adapter_becomes_a_version_equal_to_the_learners(admin_server, admin, base, tmp_path):
     fingerprint = weights_fingerprint(base)
     learner, data, config = adapter(base, tmp_path / "adapter")
     reply = admin.PublishWeights(publication(fingerprint, data, kind=LORA, adapter_config=config), timeout=60)
     assert reply.device_fingerprint == weights_fingerprint(learner) != fingerprint
-    merge_lora(learner)
-    assert reply.device_fingerprint == weights_fingerprint(learner)
     assert listed(admin).live == 0  # nobody asked for more
 
 
@@ -145,17 +147,18 @@ def test_published_weights_are_over_the_base_also_where_the_server_began_with_an
     fingerprint = weights_fingerprint(base)
     learner, data, config = adapter(base, tmp_path / "adapter")
     model = load(ServeConfig(model=str(tiny_vla), adapter=tmp_path / "adapter", admin_port=0))
-    assert model.spec.base_fingerprint == fingerprint and model.device_fingerprint == weights_fingerprint(learner)
-    store = VersionStore(None, first=model.device_fingerprint)
+    first = model.fingerprint(model.first)
+    assert model.spec.base_fingerprint == fingerprint and first == weights_fingerprint(learner)
+    store = VersionStore(None, first=first)
     with serving(model, versions=store, admin_port=0) as server, grpc.insecure_channel(server.admin_address) as channel:
         stub = admin_pb2_grpc.AdminStub(channel)
         reply = stub.PublishWeights(publication(fingerprint, data, kind=LORA, adapter_config=config), timeout=60)
-    assert reply.device_fingerprint == model.device_fingerprint  # once, not twice
+    assert reply.device_fingerprint == first  # once, not twice
 
 
 def test_a_server_without_an_admin_service_serves_the_live_version_that_it_finds(tiny_model, base, tmp_path):
     def store() -> VersionStore:
-        return VersionStore(tmp_path, first=tiny_model.device_fingerprint)
+        return VersionStore(tmp_path, first=tiny_model.fingerprint(tiny_model.first))
 
     with serving(tiny_model, versions=store(), admin_port=0) as server:
         with grpc.insecure_channel(server.admin_address) as channel:

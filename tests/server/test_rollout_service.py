@@ -266,8 +266,12 @@ BAD = {
     "no task": (messages.rollout("r/0", ""), "rollouts[0].task", "must not be empty"),
     "deployment": (messages.rollout("r/0", purpose=3), "rollouts[0].purpose", "PURPOSE_TRAIN or PURPOSE_EVALUATE"),
     "a purpose of the future": (messages.rollout("r/0", purpose=99), "rollouts[0].purpose", "got code 99"),
-    "cold": (messages.rollout("r/0", temperature=-1), "rollouts[0].temperature", "not negative, got -1"),
-    "no number": (messages.rollout("r/0", temperature=float("nan")), "rollouts[0].temperature", "must be finite"),
+    "cold": (
+        messages.rollout("r/0", temperature=-1),
+        "rollouts[0].temperature",
+        "must be 0, or in 1e-06 to 1000, got -1",
+    ),
+    "no number": (messages.rollout("r/0", temperature=float("nan")), "rollouts[0].temperature", "to 1000, got nan"),
     "one noise": (messages.rollout("r/0", noise_correlation=1), "rollouts[0].noise_correlation", "in [0, 1), got 1"),
     "no such weights": (messages.rollout("r/0", version=7), "rollouts[0].version", "there is no version 7"),
 }

@@ -13,9 +13,10 @@ import torch
 
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.config import VLAConfig
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
 from policy_server.vla.lora import apply_lora
 from policy_server.vla.model import VLA
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Prepared
 from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import CriticKind

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
 from policy_server.vla.model import collate
+from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Preprocessor
 from protos import episode_pb2
 from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss

@@ -61,7 +61,7 @@ def planted(tiny_vla: Path, tmp_path: Path) -> Path:
 @contextmanager
 def served(tiny_vla: Path, folder: Path) -> Iterator[RunningServer]:
     model = VlaModel(Policy.load(tiny_vla), name="tiny", max_batch=4)
-    versions = VersionStore(None, first=model.device_fingerprint)
+    versions = VersionStore(None, first=model.fingerprint(model.first))
     with serving(model, store=EpisodeStore(folder), queue=64, versions=versions, admin_port=0) as server:
         yield server
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.config import VLAConfig
-from policy_server.vla.decoding import DecodeInput, decode
+from policy_server.vla.decoding import decode
+from policy_server.vla.passes import DecodeInput
 from protos import episode_pb2
 from rl_trainer.augment import Augmentation
 from rl_trainer.cloner import Cloner

@@ -30,7 +30,7 @@ ROLLOUTS, HELD_OUT = 3, 2
 @contextmanager
 def practice(model: Path, folder: Path) -> Iterator[RunningServer]:
     policy = VlaModel(Policy.load(model), name="tiny", max_batch=8)
-    store = VersionStore(None, first=policy.device_fingerprint)
+    store = VersionStore(None, first=policy.fingerprint(policy.first))
     with (
         serving(policy, max_batch=8, queue=64, versions=store, admin_port=0, episodes=folder) as server,
         working(server),
