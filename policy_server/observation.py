@@ -48,8 +48,7 @@ def max_request_bytes(spec: policy_pb2.PolicySpec) -> int:
 
 def read_observation(message: episode_pb2.Observation, spec: policy_pb2.PolicySpec, *, field: str) -> Observed:
     """Raises BadRequest; `field` is the path of the message inside its request."""
-    if len(message.images) > MAX_CAMERAS:
-        raise BadRequest(f"must be at most {MAX_CAMERAS} of them, got {len(message.images)}", field=f"{field}.images")
+    check_cameras(message, field=field)
     try:
         images = {image.name: _image(message, image.name, spec.max_image_bytes, field) for image in spec.images}
         state_S = _state(message, len(spec.state), field)
@@ -63,6 +62,12 @@ def read_observation(message: episode_pb2.Observation, spec: policy_pb2.PolicySp
             field=f"{field}.instruction",
         )
     return Observed(images=images, state_S=state_S, instruction=message.instruction)
+
+
+def check_cameras(message: episode_pb2.Observation, *, field: str) -> None:
+    """Raises BadRequest for more than can be recorded, which would take many times the memory that they came in."""
+    if len(message.images) > MAX_CAMERAS:
+        raise BadRequest(f"must be at most {MAX_CAMERAS} of them, got {len(message.images)}", field=f"{field}.images")
 
 
 def check_sampling(temperature: float, noise_correlation: float, *, field: str = "") -> None:

@@ -21,6 +21,8 @@ REFUSAL_KEY = "vla-rl-refusal-bin"
 RETRY_SOON_MS = 500
 IDS = {"episode": "episode_id", "decision": "decision"}
 """In the log -> in a request."""
+MAX_ID = 100
+"""Characters of them in a line."""
 WARMING = "the model is warming up"
 DRAINING = "the server is draining: it takes no more work"
 STOPPING = "the server is stopping"
@@ -62,13 +64,15 @@ def refusing(handler):
 
     @functools.wraps(handler)
     async def answer(*args):
-        *_, request, context = args
-        with about(peer=caller(context), **ids(request)):
+        context = args[-1]
+        with about(peer=caller(context), **ids(args[-2])):
             try:
                 with refusals_only():
                     return await handler(*args)
-            except Refused as refused:
-                await refuse(context, refused)
+            except Refused as error:
+                refused = _bare(error)
+            del args  # the request may be large, and its client slow to hear why it is refused
+            await refuse(context, refused)
 
     return answer
 
@@ -92,7 +96,14 @@ def caller(context: Any) -> str:
 
 def ids(request: Any) -> dict[str, Any]:
     """What the log calls a request by."""
-    return {name: getattr(request, field) for name, field in IDS.items() if hasattr(request, field)}
+    found = {name: getattr(request, field) for name, field in IDS.items() if hasattr(request, field)}
+    return {name: value[:MAX_ID] if isinstance(value, str) else value for name, value in found.items()}
+
+
+def _bare(refused: Refused) -> Refused:
+    """Without what it was raised from, whose frames hold the request."""
+    refused.__cause__ = refused.__context__ = None
+    return refused.with_traceback(None)
 
 
 def _sentence(refused: Refused) -> str:

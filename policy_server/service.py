@@ -29,6 +29,7 @@ from policy_server.metrics import Metrics, counted
 from policy_server.observation import (
     MAX_TICKS,
     Observed,
+    check_cameras,
     check_choice,
     check_names,
     check_sampling,
@@ -133,6 +134,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """The chunk for one request; who is cancelled while waiting for it waits no more.  Raises Refused."""
         self._door.check()
         episode = self._episodes.find(request.episode_id)
+        check_cameras(request.observation, field="observation")
         check_ticks(request.executed, len(self._spec.action))
         stored = episode.arrive(request)
         if stored is not None:
