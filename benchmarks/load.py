@@ -47,6 +47,8 @@ class Call:
     version: int = -1
     tokens: bytes = b""
     logprobs: bytes = b""
+    pass_ms: float = 0.0
+    """of the model, for the whole batch"""
 
 
 class Load:
@@ -144,8 +146,9 @@ class Robot(threading.Thread):
             raise grpc.RpcError(outcome)
         told = {"sequence": reply.sequence} if what == "end" else {}
         if what == "act":
-            chunk = reply.chunk
+            chunk, timing = reply.chunk, reply.chunk.timing
             told = {"version": chunk.version, "tokens": chunk.token_ids.data, "logprobs": chunk.token_logprobs.data}
+            told["pass_ms"] = timing.vision_ms + timing.prefill_ms + timing.decode_ms
         self._note(what, began_s, ANSWERED, episode_id=episode_id, **told)
         return reply
 

@@ -5,7 +5,7 @@
 kill: SIGKILL at a random moment, several times over one folder; every episode whose end was acknowledged has to lie
 there whole.  stop: SIGTERM; calls under way have to be answered, later ones refused, and the process ends with code 0.
 publish: every answer is scored again, by a model of this process's own with the weights of the version that the answer
-names; the gap between two answers of a robot is compared with that of the same robots while nothing is published.
+names; the gap between two answers of a robot is compared with that in slices in which nothing is published.
 Prints a table, writes benchmarks/results/swaps.json.
 """
 
@@ -21,9 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -79,8 +79,10 @@ class SwapsConfig:
     """Good and bad together."""
     pause_s: float = 0.25
     """Before each of them, so that one can be told from the next."""
-    calm_s: float = 60.0
-    """Without publishing, before and after."""
+    slices: int = 20
+    """In which they come, with as many between them in which nothing is published: a disturbance hits both alike."""
+    calm_s: float = 15.0
+    """Of a slice without publishing."""
     seed: int = 0
     """Of moments and weights."""
 
@@ -272,83 +274,100 @@ class Press:
 
 def publishes(config: SwapsConfig, robots: Load) -> dict:
     """No answer mixes versions, no bad one goes live, memory is flat, and a swap stalls nobody for long."""
-    press, refusals = Press(config), Counter[str]()
-    published: dict[int, Publication] = {}
-    publishing: list[tuple[float, float]] = []
-    rss: list[tuple[float, float]] = []
-    broken: list[str] = []
+    press = Press(config)
+    calm, busy = list[list[Call]](), list[list[Call]]()
     with tempfile.TemporaryDirectory() as name, served(config, Path(name)) as server:
-        fingerprint = load_checkpoint(config.model).fingerprint
-        calm = [play(config, robots, server, config.calm_s)]
-        robots.start(server.address, config.robots, decisions=6)
-        began_s = time.monotonic()
-        for number in range(config.publishes):
-            weights = press.bad(number) if number % 10 == 9 else press.good(number)
-            time.sleep(config.pause_s)
-            sent_s = time.monotonic()
-            version = publish(server, weights, fingerprint, refusals)
-            publishing.append((sent_s, time.monotonic()))
-            if (version is None) != bool(weights.bad):
-                broken.append(f"publication {number} ({weights.bad or 'good'}) became version {version}")
-            if version is not None:
-                published[version] = weights
-            live = server.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=DEADLINE_S).live_version
-            if live != max(published, default=0):
-                broken.append(f"version {live} is live after publication {number}")
-            rss.append((time.monotonic() - began_s, server.rss_mb))
-        busy_s = time.monotonic() - began_s
-        busy = robots.stop()
-        calm.append(play(config, robots, server, config.calm_s))
+        printed = Printed(config, press, server)
+        unhurried(config, robots, server)  # the first pass of each batch size is a slow one
+        for numbers in np.array_split(np.arange(config.publishes), config.slices):
+            calm.append(unhurried(config, robots, server))
+            robots.start(server.address, config.robots, decisions=6)
+            for number in numbers.tolist():
+                time.sleep(config.pause_s)
+                printed.publish(number)
+            busy.append(robots.stop())
         kept = len(server.admin.ListVersions(admin_pb2.ListVersionsRequest(), timeout=DEADLINE_S).versions)
         status = server.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=DEADLINE_S)
         server.process.send_signal(signal.SIGTERM)
         code = server.process.wait(60)
-    failed = Counter(f"{call.what}: {call.outcome}" for call in [*calm[0], *busy, *calm[1]] if call.outcome != ANSWERED)
-    scores = rescored(config, press, published, busy)
-    memory = growth(rss, from_s=busy_s / 5)
-    held = {
-        "every good one went live, no bad one": not broken,
-        "every call was answered": not failed,
-        "no answer mixes versions": scores["largest difference"] < SAME < scores["least of another version's"],
-        "memory grew by less than 2 %": memory["growth"] < 0.02,
-        "exit code 0": code == 0,
-    }
+    calls = list(chain(*calm, *busy))
+    acts = [call for call in chain(*busy) if call.what == "act"]
+    failed = Counter(f"{call.what}: {call.outcome}" for call in calls if call.outcome != ANSWERED)
+    scores = rescored(config, printed.versions, calls)
+    memory = growth(printed.rss, from_s=printed.rss[-1][0] / 5)
     return {
         "publications": config.publishes,
-        "versions": len(published),
+        "versions": len(printed.versions),
         "versions kept": kept,
-        "refused": dict(refusals),
-        "seconds": round(busy_s, 1),
-        "seconds a publication": spread_s(publishing),
-        "answers meanwhile": sum(call.what == "act" for call in busy),
-        "answers by version": len({call.version for call in busy if call.what == "act"}),
+        "refused": dict(printed.refusals),
+        "seconds a publication": spread([end - begin for begin, end in printed.moments_s], digits=3),
+        "answers while publishing": len(acts),
+        "of so many versions": len({call.version for call in acts}),
         "calls that failed": dict(failed),
         "scored again": scores,
-        "gap between a robot's answers, ms": stall(gaps_ms(*calm), gaps_ms(busy), publishing),
+        "gap between a robot's answers, ms": stall(gaps_ms(calm), gaps_ms(busy), printed.moments_s),
+        "pass of the model, ms": spread([call.pass_ms for call in calls if call.pass_ms]),
         "memory": memory,
         "episodes": {"successes": status.successes, "failures": status.failures, "errors": status.errors},
-        "broken": broken[:20],
-        "held": held,
+        "broken": printed.broken[:20],
+        "held": {
+            "every good one went live, no bad one": not printed.broken,
+            "every call was answered": not failed,
+            "no answer mixes versions": scores["largest difference"] < SAME < scores["least of another version's"],
+            "memory grew by less than 2 %": memory["growth"] < 0.02,
+            "exit code 0": code == 0,
+        },
     }
 
 
-def play(config: SwapsConfig, robots: Load, server: Served, seconds: float) -> list[Call]:
+def unhurried(config: SwapsConfig, robots: Load, server: Served) -> list[Call]:
+    """A slice in which nothing is published."""
     robots.start(server.address, config.robots, decisions=6)
-    time.sleep(seconds)
+    time.sleep(config.calm_s)
     return robots.stop()
 
 
-def publish(server: Served, weights: Publication, fingerprint: str, refusals: Counter[str]) -> int | None:
-    """The version, None when the weights were refused."""
-    try:
-        reply = server.admin.PublishWeights(weights.messages(fingerprint, "swaps"), timeout=DEADLINE_S)
-    except grpc.RpcError as error:
-        refusals[f"{weights.bad}: {error.code().name}"] += 1  # pyright: ignore[reportAttributeAccessIssue]
-        return None
-    return reply.version
+class Printed:
+    """What was published on a server, and how that went."""
+
+    def __init__(self, config: SwapsConfig, press: Press, server: Served):
+        self._press, self._server = press, server
+        self._fingerprint = load_checkpoint(config.model).fingerprint
+        self._began_s = time.monotonic()
+        self.versions: dict[int, Publication] = {}
+        self.refusals: Counter[str] = Counter()
+        self.moments_s: list[tuple[float, float]] = []
+        """when each was begun and done"""
+        self.rss: list[tuple[float, float]] = []
+        """(s, MB) after each"""
+        self.broken: list[str] = []
+
+    def publish(self, number: int) -> None:
+        """One in ten is bad."""
+        weights = self._press.bad(number) if number % 10 == 9 else self._press.good(number)
+        begun_s = time.monotonic()
+        version = self._sent(weights)
+        self.moments_s.append((begun_s, time.monotonic()))
+        if (version is None) != bool(weights.bad):
+            self.broken.append(f"publication {number} ({weights.bad or 'good'}) became version {version}")
+        if version is not None:
+            self.versions[version] = weights
+        live = self._server.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=DEADLINE_S).live_version
+        if live != max(self.versions, default=0):
+            self.broken.append(f"version {live} is live after publication {number}")
+        self.rss.append((time.monotonic() - self._began_s, self._server.rss_mb))
+
+    def _sent(self, weights: Publication) -> int | None:
+        """The version, None when the weights were refused."""
+        try:
+            reply = self._server.admin.PublishWeights(weights.messages(self._fingerprint, "swaps"), timeout=DEADLINE_S)
+        except grpc.RpcError as error:
+            self.refusals[f"{weights.bad}: {error.code().name}"] += 1  # pyright: ignore[reportAttributeAccessIssue]
+            return None
+        return reply.version
 
 
-def rescored(config: SwapsConfig, press: Press, published: dict[int, Publication], calls: Sequence[Call]) -> dict:
+def rescored(config: SwapsConfig, published: Mapping[int, Publication], calls: Sequence[Call]) -> dict:
     """How far the answers' log-probabilities are from those of the versions they name, and of the ones beside those."""
     model = load(ServeConfig(model=config.model, admin_port=0))
     assert isinstance(model, VlaModel)
@@ -383,37 +402,30 @@ def built(model: VlaModel, publication: Publication | None) -> Weights:
         return model.build(Path(name), publication.kind)
 
 
-def gaps_ms(*phases: Sequence[Call]) -> np.ndarray:
+def gaps_ms(slices: Sequence[Sequence[Call]]) -> np.ndarray:
     """(G, 3): when each gap between two answers of a robot began and ended, s, and how long it was, ms."""
     rows: list[tuple[float, float, float]] = []
-    for calls in phases:
+    for calls in slices:
         ended_s: dict[int, list[float]] = defaultdict(list)
         for call in calls:
             if call.what == "act" and call.outcome == ANSWERED:
                 ended_s[call.robot].append(call.ended_s)
         for moments_s in ended_s.values():
-            moments_s.sort()
-            rows += [(begin, end, 1e3 * (end - begin)) for begin, end in pairwise(moments_s)]
+            rows += [(begin, end, 1e3 * (end - begin)) for begin, end in pairwise(sorted(moments_s))]
     return np.array(rows)
 
 
-def spread(gaps_G3: np.ndarray) -> dict[str, float]:
-    names = ("p50", "p99", "p99.9", "largest")
-    values = np.percentile(gaps_G3[:, 2], [50, 99, 99.9, 100])
-    return {"gaps": len(gaps_G3)} | {name: round(float(value), 1) for name, value in zip(names, values, strict=True)}
+def stall(calm_G3: np.ndarray, busy_G3: np.ndarray, moments_s: Sequence[tuple[float, float]]) -> dict[str, dict]:
+    """Gaps in which weights were being published, beside those in which none were."""
+    begins_s, ends_s = np.array(moments_s).T
+    touched_G = np.array([bool(((begins_s < end) & (ends_s > begin)).any()) for begin, end, _ in busy_G3])
+    parts = {"calm": calm_G3, "between publications": busy_G3[~touched_G], "while publishing": busy_G3[touched_G]}
+    return {name: spread(part[:, 2]) for name, part in parts.items() if len(part)}
 
 
-def spread_s(publishing: Sequence[tuple[float, float]]) -> dict[str, float]:
-    taken_s = [end - begin for begin, end in publishing]
-    return {"median": round(float(np.median(taken_s)), 3), "longest": round(max(taken_s), 3)}
-
-
-def stall(calm_G3: np.ndarray, busy_G3: np.ndarray, publishing: Sequence[tuple[float, float]]) -> dict[str, dict]:
-    """Gaps in which weights were being published, in milliseconds, beside those in which none were."""
-    begins_s, ends_s = np.array(publishing).T
-    touched = np.array([bool(((begins_s < end) & (ends_s > begin)).any()) for begin, end, _ in busy_G3])
-    parts = {"calm": calm_G3, "between publications": busy_G3[~touched], "while publishing": busy_G3[touched]}
-    return {name: spread(part) for name, part in parts.items() if len(part)}
+def spread(values: Sequence[float] | np.ndarray, digits: int = 1) -> dict[str, float]:
+    names, shown = ("p50", "p99", "p99.9", "largest"), np.percentile(values, [50, 99, 99.9, 100])
+    return {"n": len(values)} | {name: round(float(one), digits) for name, one in zip(names, shown, strict=True)}
 
 
 def print_part(part: str, result: dict) -> None:

@@ -12,8 +12,10 @@ import pytest
 # One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: every child would ignore it too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Started in the background, or by nohup: every child would ignore them too.
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 from sim import assets
 from tests.certificates import Authority
