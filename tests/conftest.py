@@ -12,14 +12,14 @@ import pytest
 # One thread an operation, here and in every process a test starts: as servers run, and before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Started in the background, or by nohup: every child would ignore them too.
-for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, handler)
-
 from sim import assets
 from tests.certificates import Authority
 from tests.server.running import RunningServer, serving
+
+# Started in the background, or by nohup: every child would ignore them too.
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
