@@ -177,6 +177,7 @@ def _drive(
         threading.Thread(target=obey, daemon=True).start()
         watch = ToldEpisode(tell)
         with contextlib.closing(arm):
+            arm.recover()  # as the person does who sets the arm up: a gripper that is not active yet moves its fingers
             for _ in run(arm, rollouts(), client, EpisodeConfig(ahead_ticks=None), observers=lambda _: [watch]):
                 pass
 
