@@ -50,6 +50,7 @@ logger = logging.getLogger("robot_client")
 
 REFUSED = 2
 """Exit code when nothing was moved."""
+INTERRUPTED = 130
 UNSTORED = Path("episodes")
 """Where episode files go that the server does not keep."""
 
@@ -123,7 +124,10 @@ class Spec:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 when every episode ended, 1 when one ended as an error or the run was cut short, 2 when nothing was moved."""
+    """0 when every episode ended, 1 when one ended as an error or the run was cut short, 2 when nothing was moved.
+
+    130, as shells have it, for any other command that is interrupted.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     commands = (
         Annotated[Run, tyro.conf.subcommand("run")]
@@ -144,6 +148,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except RobotError as error:
         logger.error("%s", error)
         return REFUSED
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return INTERRUPTED
 
 
 def show_spec(command: Spec, rest: Sequence[str]) -> int:

@@ -36,9 +36,9 @@ from robot_client.spec import PolicySpec
 class EpisodeConfig:
     """How an arm follows a policy."""
 
-    ahead_ticks: int | None = 0
+    ahead_ticks: int | None = None
     """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, None as long before as
-    the latest answers took."""
+    the latest answers took (in lockstep, where no time passes, latency_ticks)."""
     overlap: Overlap = "latest"
     """Asked ahead, whose action is executed where two chunks have one: the older one's (in_order), the newer one's
     (latest), or a mean (blend), from which nothing can be learned."""

@@ -158,7 +158,7 @@ class RealArm:
         return np.append(action_A[:6], gripper).astype(np.float32)
 
     def hold(self) -> np.ndarray:
-        self._command(self._servo.hold)
+        self._command(self._servo.hold, self._status.trouble)
         return self._still_A()
 
     def cadence(self) -> CadenceReport:

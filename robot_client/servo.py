@@ -176,9 +176,15 @@ class Servo:
             self._joints_J = joints_J
             self._hardware.move_joints(joints_J, speed)
 
-    def hold(self) -> None:
-        """Comes to rest, and stays.  Answers a trouble: the next goal is followed again, unless the trouble lasts."""
-        self._trouble, self._goal = "", None
+    def hold(self, answered: str = "") -> None:
+        """Comes to rest, and stays.
+
+        answered: the trouble that the client has been told of: the next goal is followed again, unless it lasts.  One
+        that it does not know of yet stays, and tells it why the robot has held.
+        """
+        self._goal = None
+        if self._trouble == answered:
+            self._trouble = ""
         if self._joints_J is not None:
             self.release()
 

@@ -64,8 +64,8 @@ class ServoLink:
     def go_home(self, joints_J: np.ndarray, speed: float, opening: float, expires_s: float) -> Status:
         return self._call("go_home", joints_J, speed, opening, expires_s)
 
-    def hold(self) -> Status:
-        return self._call("hold")
+    def hold(self, answered: str = "") -> Status:
+        return self._call("hold", answered)
 
     def release(self) -> Status:
         return self._call("release")

@@ -52,6 +52,8 @@ class Event:
     """Of a tick's action in its chunk."""
     stamp_s: float = 0.0
     """Capture time of a frame, or of the observation that is answered."""
+    reach: float = 0.0
+    """How far an answer would move the arm along x, y or z, in the policy's units."""
     alike: int = 0
     """How many frames in a row have been the same."""
 
@@ -202,7 +204,7 @@ class ToldEpisode(Observer):
         self._tell = tell
 
     def on_answer(self, answer: Answer) -> None:
-        self._tell("answer", stamp_s=answer.capture_time_ns / 1e9)
+        self._tell("answer", stamp_s=answer.capture_time_ns / 1e9, reach=float(np.abs(answer.actions_KA[:, :3]).max()))
 
     def on_tick(self, state: ArmState, tick: episode_pb2.Tick) -> None:
         self._tell("tick", reason=tick.reason, source=tick.source, index=tick.index)

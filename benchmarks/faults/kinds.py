@@ -20,6 +20,8 @@ EXPIRE_TICKS = 2
 CAMERA_AGE_S, CAMERA_ALIKE = 0.3, 5
 """Limits of Camera: how old the newest frame may be, and how many in a row alike."""
 LATELY_S = 1.0
+TOO_FAR = 0.9
+"""An answer that reaches so far is one of those that are out of range; one that was under way before is not."""
 
 Recovery = Literal["the same episode goes on", "the next episode", "a person's word, then the next episode"]
 
@@ -201,7 +203,7 @@ FAULTS = [
         limit="the answer is there",
         begin=partial(behave, "out of range"),
         end=partial(behave, "well"),
-        limit_s=partial(first, "answer", anything),
+        limit_s=partial(first, "answer", lambda answer: answer.reach > TOO_FAR),
         reason="outside the policy's own range: y is 0.9",
     ),
     Fault(

@@ -35,6 +35,15 @@ def test_spec_prints_what_the_server_says(server, capsys):
     assert "agentview: 16x16" in printed and "eef_x, eef_y, eef_z" in printed and "20 Hz" in printed
 
 
+def test_a_command_that_is_interrupted_says_so_in_a_word(monkeypatch, caplog):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robot_client.__main__.connect", interrupt)
+    assert main(["spec"]) == 130
+    assert caplog.messages[-1] == "interrupted"
+
+
 def test_run_drives_episodes_and_reports_each(server, policy, caplog):
     flags = ["--episodes", "3", "--max-ticks", "6", "--seed", "7", "--lockstep"]
     assert main(["run", "--server", server.address, "--task", "bowl", *flags]) == 0

@@ -138,9 +138,20 @@ def test_in_trouble_no_goal_is_followed_before_a_hold_answers_it(ring):
     resting = ring.hardware.pose
     ring.follow(0.01 * X, ticks=4)
     np.testing.assert_array_equal(ring.hardware.pose.position_m, resting.position_m)
-    ring.servo.hold()
+    ring.servo.hold(ring.servo.status.trouble)
     ring.follow(0.01 * X, ticks=4)
     assert ring.hardware.pose.position_m[0] > resting.position_m[0] + 0.02
+
+
+def test_a_hold_by_one_who_does_not_know_of_the_trouble_does_not_answer_it(ring):
+    ring.follow(0.01 * X, ticks=4)
+    seen = ring.servo.status
+    ring.run(0.5)
+    ring.servo.hold(seen.trouble)
+    trouble = ring.servo.status.trouble
+    assert "no word from the client" in trouble
+    ring.servo.hold(trouble)
+    assert not ring.servo.status.trouble
 
 
 def test_a_command_that_comes_too_late_moves_nothing(ring):
@@ -181,7 +192,7 @@ def test_after_being_held_up_it_starts_from_where_the_robot_is():
     ring.hardware.stuck = True
     ring.follow(0.01 * X, ticks=10)
     ring.hardware.stuck = False
-    ring.servo.hold()
+    ring.servo.hold(ring.servo.status.trouble)
     ring.go(0.01 * X)
     ring.settle()
     np.testing.assert_allclose(ring.moved_6, 0.01 * X, atol=1e-6)
