@@ -209,12 +209,19 @@ def server(model: str) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def driver(python: str, address: str) -> Iterator[Robot]:
-    """openpi-client in a new environment, at work."""
-    host, _, port = address.partition(":")
+def openpi_environment(python: str) -> Iterator[Path]:
+    """The interpreter of a new environment with openpi-client."""
     with environment(python) as there:
         print(f"installing {' '.join(CLIENT)} on Python {version_of(there)}", flush=True)
         run(sys.executable, "-m", "pip", "--python", str(there), "install", "--quiet", *CLIENT)
+        yield there
+
+
+@contextlib.contextmanager
+def driver(python: str, address: str) -> Iterator[Robot]:
+    """openpi-client in a new environment, at work."""
+    host, _, port = address.partition(":")
+    with openpi_environment(python) as there:
         process = subprocess.Popen([there, DRIVER, host, port], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
         try:
             yield Robot(process)
