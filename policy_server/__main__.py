@@ -18,18 +18,18 @@ import tyro
 
 from policy_server.access import Guard
 from policy_server.config import ServeConfig
+from policy_server.engine import SWITCH_S
 from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart, EngineGone
 from policy_server.loading import opened
 from policy_server.logs import configure as configure_log
 from policy_server.server import Model, PolicyServer
 from policy_server.version_store import VersionStore
+from protos.channel import address_of
 
 log = logging.getLogger("policy_server")
 
 WRONG_USAGE = 2
-SWITCH_S = 1e-4
-"""How soon the engine's thread gets the interpreter back from the network's; it gives it up in every operation."""
 
 
 def serve(config: ServeConfig) -> None:
@@ -91,13 +91,11 @@ async def _serve(config: ServeConfig, model: Model, guard: Guard) -> None:
         asyncio.get_running_loop().add_signal_handler(number, leave)
     port = await server.start()
     await server.warm_up()
-    print(f"SERVING {config.host}:{port} {model.spec.model} version {server.live_version}", flush=True)
-    if server.admin_port is not None:
-        print(f"ADMIN {config.host}:{server.admin_port}", flush=True)
-    if server.openpi_port is not None:
-        print(f"OPENPI {config.host}:{server.openpi_port}", flush=True)
-    if server.http_port is not None:
-        print(f"HTTP {config.host}:{server.http_port}", flush=True)
+    doors = {"ADMIN": server.admin_port, "OPENPI": server.openpi_port, "HTTP": server.http_port}
+    print(f"SERVING {address_of(config.host, port)} {model.spec.model} version {server.live_version}", flush=True)
+    for door, port in doors.items():
+        if port is not None:
+            print(f"{door} {address_of(config.host, port)}", flush=True)
     await server.drained()
     log.info("stopping: decisions under way are answered first")
     await server.stop()

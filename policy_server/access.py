@@ -20,7 +20,6 @@ from typing import Any, Literal
 import grpc
 
 from policy_server.errors import CannotStart, Forbidden, Refused, Unauthenticated
-from policy_server.refusals import refusing
 from protos.channel import A_TOKEN, CERTIFICATE, PAIR, TOKEN, given, readable
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,8 @@ ADMINS: Roles = ("admin",)
 HEALTH = "/grpc.health.v1.Health/"
 """Open to all: whoever watches over the server needs no token."""
 POLICY_PORT: Mapping[str, Roles] = {
+    # There is none: whoever is told so asks for the older one.
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": ROBOTS,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ROBOTS,
     "/vla_rl.Policy/GetSpec": ROBOTS,
     "/vla_rl.Policy/StartEpisode": ROBOTS,
@@ -63,7 +64,8 @@ class Access:
     """Who may reach this server."""
 
     tls_cert: Path | None = None
-    """Certificate (PEM) of this server, with those that lead to its authority: every port then speaks TLS only."""
+    """Certificate (PEM) of this server, with those that lead to its authority: every port then speaks TLS only.  Read
+    once, as all certificates are: a renewed one takes a restart."""
 
     tls_key: Path | None = None
     """The key (PEM) of it."""
@@ -178,12 +180,12 @@ class Guard:
             )
 
     def doorkeepers(self, port: Mapping[str, Roles]) -> list[grpc.aio.ServerInterceptor]:
-        """Interceptors for a gRPC port."""
+        """Interceptors for a gRPC port, behind Calls."""
         return [] if self._tokens is None else [Doorkeeper(self, port)]
 
 
 class Doorkeeper(grpc.aio.ServerInterceptor):
-    """Asks the guard about every call of a gRPC port, and refuses it before anything of it is read."""
+    """Asks the guard about every call of a gRPC port, before anything of it is read; Calls refuses what it raises."""
 
     def __init__(self, guard: Guard, port: Mapping[str, Roles]):
         self._guard, self._port = guard, port
@@ -240,7 +242,6 @@ def _token(authorization: str) -> str:
 def _always(refused: Refused) -> grpc.RpcMethodHandler:
     """A handler of calls of any kind: as a stream is served, since a stream is refused before any of it is read."""
 
-    @refusing
     async def answer(requests: Any, context: Any) -> None:
         raise refused
 

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from policy_server.errors import TooSlow
 from protos import policy_pb2
 
-DEPTH = 64
-"""Requests of one stream that may be under way; the rest waits in the client's flow control."""
+DEPTH = 4
+"""Requests of one stream that may be under way; the rest waits in the client's flow control.  A robot has one or two
+in the model, one that waits for it, and a newer one that supersedes that."""
 READ_S = 10.0
 """How long an answer may wait for a robot that reads none; what a connection holds by itself does not wait."""
 

@@ -1,4 +1,4 @@
-"""The Admin service: new weights in, which of them is live, proof of what is being served, and the server's way out.
+"""The Admin service: new weights in, which of them is live, proof of what is served, the server's sleep and way out.
 
 Receiving is the event loop's and building a thread's; the engine goes on decoding beside both.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +37,7 @@ MAX_UPLOADS = 4
 UPLOAD_RETRY_MS = 5_000
 SILENCE_S = 60.0
 """How long the next part of a file may take to come."""
-MAX_DRAIN_S = 24 * 3600.0
+MAX_WITHIN_S = 24 * 3600.0
 
 Score = Callable[[int, list[Any], np.ndarray, float], np.ndarray]
 """float32 log-probabilities (B, N) of a version, prepared observations, int32 tokens (B, N), a temperature."""
@@ -46,7 +46,8 @@ Score = Callable[[int, list[Any], np.ndarray, float], np.ndarray]
 class AdminService(admin_pb2_grpc.AdminServicer):
     """max_bytes bounds a published file; open_episodes() counts the open episodes of each version.
 
-    needed() gives the versions that may not be deleted; status() and drain(within_s) are the server's own.
+    needed() gives the versions that may not be deleted; status(), drain(within_s), sleep(within_s) and wake() are the
+    server's own.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         needed: Callable[[], Collection[int]],
         status: Callable[[], admin_pb2.ServerStatus],
         drain: Callable[[float], Awaitable[int]],
+        sleep: Callable[[float], Coroutine[Any, Any, int]],
+        wake: Callable[[], Coroutine[Any, Any, None]],
     ):
         self._spec, self._versions, self._store = spec, versions, store
         self._prepare, self._score = prepare, score
         self._max_bytes, self._open_episodes, self._needed = max_bytes, open_episodes, needed
-        self._status, self._drain = status, drain
+        self._status, self._drain, self._sleep, self._wake = status, drain, sleep, wake
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="versions")
         self._uploads = 0
         self._scoring = asyncio.Lock()  # one at a time: robots' episodes are stored by threads of the same pool
@@ -84,10 +87,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._uploads += 1
         try:
             header, incoming = await self._received(requests)
-        finally:
+        except BaseException:
             self._uploads -= 1
-        # From here on it goes to its end, whoever still waits for it.
-        version = await asyncio.shield(self._in_turn(self._publish, incoming, header))
+            raise
+        publishing = self._in_turn(self._publish, incoming, header)
+        publishing.add_done_callback(lambda _: self._upload_is_over())
+        version = await asyncio.shield(publishing)  # it goes to its end, whoever still waits for it
         return admin_pb2.PublishWeightsReply(version=version.version, device_fingerprint=version.device_fingerprint)
 
     @refusing
@@ -121,9 +126,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @refusing
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainReply:
-        if not 0 <= request.within_s <= MAX_DRAIN_S:
-            raise BadRequest(f"must be in 0..{MAX_DRAIN_S:g}, got {request.within_s}", field="within_s")
-        return admin_pb2.DrainReply(open_episodes=await self._drain(request.within_s))
+        return admin_pb2.DrainReply(open_episodes=await self._drain(_within(request.within_s)))
+
+    @refusing
+    async def Sleep(self, request: admin_pb2.SleepRequest, context: Any) -> admin_pb2.SleepReply:
+        return admin_pb2.SleepReply(bytes=await asyncio.shield(self._sleep(_within(request.within_s))))
+
+    @refusing
+    async def Wake(self, request: admin_pb2.WakeRequest, context: Any) -> admin_pb2.WakeReply:
+        await asyncio.shield(self._wake())
+        return admin_pb2.WakeReply()
+
+    def _upload_is_over(self) -> None:
+        self._uploads -= 1
 
     async def _received(
         self, requests: AsyncIterator[admin_pb2.PublishWeightsRequest]
@@ -141,6 +156,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def _header(self, requests: AsyncIterator[admin_pb2.PublishWeightsRequest]) -> admin_pb2.WeightsHeader:
         """The first message, which says nothing that forbids the rest.  Raises Refused."""
+        self._versions.check_awake()
         first = await _next(requests)
         if first is None or first.WhichOneof("part") != "header":
             raise BadRequest("the first message must be the header, got none", field="header")
@@ -208,6 +224,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     def _in_turn(self, work: Callable[..., Any], *args: Any) -> asyncio.Future:
         """One at a time, in the builder's thread."""
         return asyncio.get_running_loop().run_in_executor(self._builder, work, *args)
+
+
+def _within(within_s: float) -> float:
+    """How long others may take.  Raises BadRequest."""
+    if not 0 <= within_s <= MAX_WITHIN_S:
+        raise BadRequest(f"must be in 0..{MAX_WITHIN_S:g}, got {within_s}", field="within_s")
+    return within_s
 
 
 async def _receive(

@@ -11,11 +11,13 @@ import inspect
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from policy_server.errors import BadRequest, Overloaded, TooSlow
+from policy_server.metrics import Metrics
 from policy_server.refusals import RETRY_SOON_MS, refusing
 
 DEFAULT_CALLS = 256
@@ -26,11 +28,12 @@ ARRIVE_S = 15.0
 class Calls(grpc.aio.ServerInterceptor):
     """At most `most` calls of one client at once, over all ports that share this; more are refused with a retry hint.
 
-    A call with one request is ended when that takes longer than arrive_s; bytes that are no message are refused.
+    A call with one request is ended when that takes longer than arrive_s; bytes that are no message are refused.  What
+    it refuses, and what an interceptor behind it does, is counted as turned away.
     """
 
-    def __init__(self, *, most: int = DEFAULT_CALLS, arrive_s: float = ARRIVE_S):
-        self._most, self._arrive_s = most, arrive_s
+    def __init__(self, metrics: Metrics, *, most: int = DEFAULT_CALLS, arrive_s: float = ARRIVE_S):
+        self._metrics, self._most, self._arrive_s = metrics, most, arrive_s
         self._open: Counter[str] = Counter()
 
     async def intercept_service(
@@ -46,13 +49,16 @@ class Calls(grpc.aio.ServerInterceptor):
         @refusing
         async def guarded(requests: AsyncIterator[Any], context: Any) -> Any:
             client = client_of(context.peer())
-            self.enter(client)
-            context.add_done_callback(lambda _: self.leave(client))
-            answer = respond(requests if handler.request_streaming else await self._first(context), context)
-            if not inspect.isasyncgen(answer):
-                return await answer
-            async for message in answer:
-                await context.write(message)
+            with self._metrics.door():  # a service's own refusals do not come here: they have ended the call by then
+                self.enter(client)
+                context.add_done_callback(lambda _: self.leave(client))
+                if handler.response_streaming:  # or gRPC cannot end a call whose first answer is never read
+                    await context.send_initial_metadata(())
+                answer = respond(requests if handler.request_streaming else await self._first(context), context)
+                if not inspect.isasyncgen(answer):
+                    return await answer
+                async for message in answer:
+                    await context.write(message)
 
         make = grpc.stream_unary_rpc_method_handler
         if handler.response_streaming:
@@ -84,8 +90,13 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def client_of(peer: str) -> str:
-    """The address of a peer as gRPC names it, "ipv4:10.0.0.7:51234", without the port."""
-    return peer.rpartition(":")[0]
+    """The address of a peer as gRPC names it, "ipv4:10.0.0.7:51234" or "ipv6:[fe80::7]:51234", without the port."""
+    return unquote(peer).rpartition(":")[0]
+
+
+def client_at(host: str) -> str:
+    """The same client, of whom only the address is known."""
+    return f"ipv6:[{host}]" if ":" in host else f"ipv4:{host}"
 
 
 def _checked(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from policy_server.access import Access
-from policy_server.admin import MAX_DRAIN_S
+from policy_server.admin import MAX_WITHIN_S
 from policy_server.calls import DEFAULT_CALLS
 from policy_server.episodes import DEFAULT_CLIENT_EPISODES
 from policy_server.logs import LogFormat
@@ -38,7 +38,8 @@ class ServeConfig:
     OpenVLA's own processor does."""
 
     host: str = "127.0.0.1"
-    """Address to listen on, for every port.  One that others reach needs --tokens, --tls-cert and --tls-key."""
+    """Address to listen on, for every port; IPv6 with brackets or without.  One that others reach needs --tokens,
+    --tls-cert and --tls-key."""
 
     port: int = DEFAULT_PORT
     """0 takes a free port, printed when serving."""
@@ -90,7 +91,9 @@ class ServeConfig:
 
     client_calls: int = DEFAULT_CALLS
     """Most calls of one client at once: streams, and requests under way.  GetSpec states the bytes that a request may
-    take: a client's take at most so many times that, and what waits for the model `queue` plus `max_batch` times."""
+    take: what arrives of a client, one request for each call or stream, takes at most so many times that, and what
+    waits for the model, of all together, `queue` plus `max_batch` times (that for each device).  What is refused takes
+    nothing more."""
 
     drain_s: float = 0.0
     """At SIGTERM or SIGINT, how long open episodes may run to their end; new ones are refused from then on.  0, and a
@@ -145,6 +148,7 @@ class ServeConfig:
         return self.admin_port is not None or (self.versions_folder is not None and self.versions_folder.is_dir())
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "host", self.host.strip("[]"))
         if not (is_loopback(self.host) or self.access.may_be_public):
             raise ValueError(
                 f"host must be a loopback address such as 127.0.0.1, got {self.host!r}: others may reach it only with"
@@ -184,8 +188,8 @@ class ServeConfig:
             raise ValueError(f"client_episodes must be at least 1, got {self.client_episodes}")
         if self.client_calls < 1:
             raise ValueError(f"client_calls must be at least 1, got {self.client_calls}")
-        if not 0 <= self.drain_s <= MAX_DRAIN_S:
-            raise ValueError(f"drain_s must be in 0..{MAX_DRAIN_S:g}, got {self.drain_s}")
+        if not 0 <= self.drain_s <= MAX_WITHIN_S:
+            raise ValueError(f"drain_s must be in 0..{MAX_WITHIN_S:g}, got {self.drain_s}")
         if self.adapter_slots < 0:
             raise ValueError(f"adapter_slots must not be negative, got {self.adapter_slots}")
         if not self.episode_idle_s > 0:

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest, Ticket
-from policy_server.errors import EngineGone, InternalFault, Unavailable
+from policy_server.errors import EngineGone, InternalFault, Refused, Unavailable
 
 log = logging.getLogger(__name__)
+
+SWITCH_S = 1e-4
+"""How soon the engine's thread gets the interpreter back from others; it gives it up in every operation."""
 
 Decode = Callable[[list[DecodeRequest], int], list[DecodeAnswer]]
 """The seam: one batch in, and the lane that is to decode it; one answer for each out."""
@@ -20,14 +23,10 @@ Observe = Callable[[Sequence[Ticket], Sequence[DecodeAnswer], float], None]
 
 
 class Engine:
-    """Decodes batch after batch until the batcher has stopped and is empty.
+    """Decodes batch after batch until the batcher has stopped and is empty."""
 
-    gone() is told, in a thread of its own, when the model is lost.
-    """
-
-    def __init__(self, batcher: Batcher, decode: Decode, *, lanes: int, observe: Observe, gone: Callable[[], object]):
+    def __init__(self, batcher: Batcher, decode: Decode, *, lanes: int, observe: Observe):
         self._batcher = batcher
-        self._gone = gone
         self._decode = decode
         self._observe = observe
         self._threads = [
@@ -51,7 +50,8 @@ class Engine:
                 answers = self._decode([ticket.request for ticket in batch], lane)
             except EngineGone:
                 self._batcher.fail(batch, Unavailable("the model is gone; the server stops"))
-                self._gone()
+            except Refused as refused:
+                self._batcher.fail(batch, refused)
             except Exception:  # whatever a model raises, the others' requests go on
                 log.exception("the model failed on a batch of %d", len(batch))
                 self._batcher.fail(batch, InternalFault("the model failed on this batch; the server's log says why"))

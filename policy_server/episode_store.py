@@ -19,10 +19,11 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from policy_server.cursors import Cursors
 from policy_server.errors import CannotStart, OutOfOrder, Overloaded
@@ -45,6 +46,8 @@ DEFAULT_RESERVE_BYTES = 256 * 2**20
 ERROR_SUFFIX = f".error{SUFFIX}"
 LOST = (errno.ENOENT, errno.EIO)
 """What the system says of a file that will never be read; its other errors pass."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Stored:
 
 
 class EpisodeStore:
-    """Thread-safe.
+    """Thread-safe.  What only looks at what lies here waits for no disk.
 
     keep_bytes: the oldest episodes beyond this total are deleted, but none that a reader has yet to read; the newest
     always stays.  None keeps everything.
@@ -83,7 +86,8 @@ class EpisodeStore:
         self._aside = folder / "set_aside"
         self._keep_bytes = keep_bytes
         self._reserve_bytes = reserve_bytes
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # whoever changes anything has it
+        self._lock = threading.Lock()  # and this one just for the change, as whoever looks does
         self._stored: dict[int, Stored] = {}
         self._sequences: dict[str, int] = {}
         self._bytes = 0
@@ -135,15 +139,15 @@ class EpisodeStore:
     def finish(self, writer: EpisodeWriter, end: episode_pb2.EpisodeEnd) -> int:
         """Makes the episode whole and gives its sequence number; after this it survives a power cut."""
         writer.finish(end)
-        with self._lock:
+        with self._writing:
             sequence = self._number(writer.path, writer.start, end)
             self._forget_oldest()
         return sequence
 
-    def find(self, episode_id: str) -> int | None:
-        """The sequence number of a whole episode."""
+    def find(self, episode_id: str) -> Stored | None:
+        """The whole episode of this id, while it lies here."""
         with self._lock:
-            return self._sequences.get(episode_id)
+            return self._stored.get(self._sequences.get(episode_id, 0))
 
     def counted_rollouts(self) -> list[str]:
         """The rollouts that are done by an episode that lies here."""
@@ -155,11 +159,6 @@ class EpisodeStore:
         with self._lock:
             self._check(cursor)
             return [self._stored[n] for n in range(cursor + 1, self._last + 1) if n in self._stored]
-
-    def get(self, sequence: int) -> Stored | None:
-        """The episode of this number, while it lies here."""
-        with self._lock:
-            return self._stored.get(sequence)
 
     def latest(self, count: int) -> list[Stored]:
         """What was finished last, newest first."""
@@ -184,14 +183,10 @@ class EpisodeStore:
         if stored.damaged:
             raise DamagedEpisode(stored.damaged)
         try:
-            return read_records(stored.path)
+            return _read(read_records, stored.path)
         except DamagedEpisode as error:
             why = str(error)
-        except OSError as error:
-            if error.errno not in LOST:
-                raise
-            why = f"{stored.path.name}: cannot be read: {error.strerror}"
-        with self._lock:
+        with self._writing:
             now = self._stored.get(stored.sequence)
             if now is None:
                 return []
@@ -202,13 +197,13 @@ class EpisodeStore:
 
         Survives a power cut.  Raises OutOfOrder for a number that was never given, Overloaded when the disk refuses.
         """
-        with self._lock:
+        with self._writing:
             self._check(cursor)
             self._keep({**self._cursors.by_reader, reader: cursor})
 
     def leave(self, reader: str) -> None:
         """Nothing is kept for the reader any more.  Raises Overloaded when the disk refuses."""
-        with self._lock:
+        with self._writing:
             self._keep({name: cursor for name, cursor in self._cursors.by_reader.items() if name != reader})
 
     def close(self) -> None:
@@ -234,17 +229,17 @@ class EpisodeStore:
         path = self._folder / f"{sequence:08d}-{start.episode_id}{ERROR_SUFFIX if error else SUFFIX}"
         os.replace(whole, path)
         sync(self._folder)
-        self._add(
-            Stored(
-                sequence=sequence,
-                episode_id=start.episode_id,
-                path=path,
-                bytes=path.stat().st_size,
-                rollout_id=start.rollout_id,
-                error=error,
-            )
+        stored = Stored(
+            sequence=sequence,
+            episode_id=start.episode_id,
+            path=path,
+            bytes=path.stat().st_size,
+            rollout_id=start.rollout_id,
+            error=error,
         )
-        self._wake()
+        with self._lock:
+            self._add(stored)
+            self._wake()
         return sequence
 
     def _add(self, stored: Stored) -> None:
@@ -269,8 +264,9 @@ class EpisodeStore:
                     log.warning("the episode store is over its bound: it keeps what reader %r has not read", laggard)
                 self._laggard = laggard
                 return
-            del self._stored[oldest.sequence], self._sequences[oldest.episode_id]
-            self._bytes -= oldest.bytes
+            with self._lock:
+                del self._stored[oldest.sequence], self._sequences[oldest.episode_id]
+                self._bytes -= oldest.bytes
             with contextlib.suppress(OSError):  # then it is there again after a restart
                 oldest.path.unlink()
 
@@ -279,9 +275,10 @@ class EpisodeStore:
         with contextlib.suppress(OSError):  # whatever ails the disk, it is not read again
             os.replace(stored.path, aside)
         log.error("episode %d is damaged, and set aside in %s: %s", stored.sequence, self._aside.name, why)
-        self._bytes -= stored.bytes
         damaged = replace(stored, path=aside, bytes=0, damaged=why)
-        self._stored[stored.sequence] = damaged
+        with self._lock:
+            self._bytes -= stored.bytes
+            self._stored[stored.sequence] = damaged
         return damaged
 
     def _recover(self) -> None:
@@ -291,7 +288,7 @@ class EpisodeStore:
             self._take_stock(stored)
         for whole in sorted(self._open.glob(f"*{SUFFIX}")):  # finished, but not yet numbered
             try:
-                episode = read_episode(whole)
+                episode = _read(read_episode, whole)
             except DamagedEpisode as error:
                 log.error("%s", error)
                 whole.rename(whole.with_suffix(PARTIAL_SUFFIX))
@@ -307,9 +304,19 @@ class EpisodeStore:
             return
         self._add(stored)
         try:
-            self._stored[stored.sequence] = replace(stored, rollout_id=read_start(stored.path).rollout_id)
+            self._stored[stored.sequence] = replace(stored, rollout_id=_read(read_start, stored.path).rollout_id)
         except DamagedEpisode as error:
             self._set_aside(stored, str(error))
+
+
+def _read(read: Callable[[Path], T], path: Path) -> T:
+    """What read(path) gives.  Raises DamagedEpisode, naming the file, also where the system says that it is lost."""
+    try:
+        return read(path)
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        raise DamagedEpisode(f"{path.name}: cannot be read: {error.strerror}") from error
 
 
 def _numbered(folder: Path) -> Iterator[Stored]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import secrets
 import time
@@ -14,7 +16,7 @@ from urllib.parse import unquote
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import EpisodeLost, OutOfOrder, Overloaded, Superseded, UnknownVersion
+from policy_server.errors import EpisodeLost, OutOfOrder, Overloaded, Refused, Superseded, UnknownVersion
 from policy_server.refusals import RETRY_SOON_MS
 from policy_server.rollout_queue import Lease, RolloutQueue
 from protos import episode_pb2, policy_pb2
@@ -58,7 +60,9 @@ class Episode:
         self.writer = writer
         self.lease = lease
         self.flights: dict[int, Flight] = {}
-        self.closing: asyncio.Task[int] | None = None
+        self.ends: set[asyncio.Task[None]] = set()
+        """Requests to end it that are looked at."""
+        self.closing: asyncio.Task[None] | None = None
         self.touched_s = time.monotonic()
         self.latest: episode_pb2.Observation | None = None
         """What was answered last, for whoever watches."""
@@ -105,15 +109,15 @@ class Episode:
 
     def answered(self, request: policy_pb2.ActRequest, reply: policy_pb2.ActReply) -> None:
         """Records an answer, with what was executed before it, and keeps it for a retry.  Raises OSError."""
-        self.touched_s = time.monotonic()
-        self._answers_s.append(self.touched_s)
-        self.latest = request.observation
-        self._answered = reply
         self.executed(request.executed)
         if self.writer is not None:
             self.writer.decision(
                 episode_pb2.Decision(decision=request.decision, observation=request.observation, chunk=reply.chunk)
             )
+        self.touched_s = time.monotonic()
+        self._answers_s.append(self.touched_s)
+        self.latest = request.observation
+        self._answered = reply
 
     def executed(self, ticks: Iterable[episode_pb2.Tick]) -> None:
         """Records ticks.  Raises OSError."""
@@ -141,7 +145,8 @@ class Episodes:
         self._rollouts = rollouts
         self._per_client = per_client
         self._open: dict[str, Episode] = {}
-        self._closed: OrderedDict[str, int | EpisodeLost] = OrderedDict()
+        self._closed: OrderedDict[str, int | Callable[[], Refused]] = OrderedDict()
+        """The sequence number, 0 when it is not stored; how its client is refused when that did not end it."""
         self._replies: OrderedDict[str, policy_pb2.StartEpisodeReply] = OrderedDict()
 
     @property
@@ -192,72 +197,94 @@ class Episodes:
         return episode is not None and episode.closing is None
 
     def find(self, episode_id: str) -> Episode:
-        """An open episode.  Raises OutOfOrder for a closed and for an unknown one."""
+        """An open episode.  Raises OutOfOrder for a closed and for an unknown one, EpisodeLost."""
         if self.is_open(episode_id):
             return self._open[episode_id]
-        if episode_id in self._open or self.closed(episode_id) is not None:
-            raise OutOfOrder(f"episode {episode_id!r} is closed", field="episode_id")
-        raise OutOfOrder(f"there is no episode {episode_id!r} on this server", field="episode_id")
+        if episode_id not in self._open:
+            self.ended_as(episode_id)  # raises, unless its client ended it
+        raise OutOfOrder(f"episode {episode_id!r} is closed", field="episode_id")
 
-    def closing(self, episode_id: str) -> asyncio.Task[int] | None:
+    def closing(self, episode_id: str) -> asyncio.Task[None] | None:
         """The closing under way of an episode."""
         episode = self._open.get(episode_id)
         return episode.closing if episode is not None else None
 
-    def closed(self, episode_id: str) -> int | None:
-        """The sequence number of a closed episode, 0 when it is not stored; None for one that is not closed.
+    def ended_as(self, episode_id: str, outcome: int = episode_pb2.OUTCOME_ERROR) -> int:
+        """What an end with this outcome is told of an episode that is closed: its number, 0 when it is not stored.
 
-        Raises EpisodeLost.
+        Raises OutOfOrder for one that the server closed and for an unknown one, EpisodeLost.
         """
         closed = self._closed.get(episode_id)
-        if isinstance(closed, EpisodeLost):
-            raise closed
+        if callable(closed):
+            raise closed()
         if closed is not None:
             return closed
-        return self._store.find(episode_id) if self._store is not None else None
+        stored = self._store.find(episode_id) if self._store is not None else None
+        if stored is None:
+            raise OutOfOrder(f"there is no episode {episode_id!r} on this server", field="episode_id")
+        if stored.error and outcome != episode_pb2.OUTCOME_ERROR:  # who closed it is not known any more
+            raise OutOfOrder(f"episode {episode_id!r} is stored as an error", field="episode_id")
+        return stored.sequence
 
     def idle(self, limit_s: float) -> list[Episode]:
         """The open episodes that were silent for longer than limit_s."""
         since_s = time.monotonic() - limit_s
-        return [e for e in self.open if e.closing is None and not e.flights and e.touched_s < since_s]
+        return [e for e in self.open if not (e.closing or e.flights or e.ends) and e.touched_s < since_s]
 
     @property
     def open(self) -> list[Episode]:
         """All that are not closed yet."""
         return list(self._open.values())
 
-    async def close(self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: Iterable[episode_pb2.Tick]) -> int:
-        """Ends an episode and gives its sequence number.  Raises EpisodeLost when the disk refuses."""
-        self.closed(episode.start.episode_id)  # raises when a decision that was under way lost it
+    async def close(
+        self,
+        episode: Episode,
+        end: episode_pb2.EpisodeEnd,
+        ticks: Iterable[episode_pb2.Tick],
+        *,
+        by_server: bool = False,
+    ) -> None:
+        """Ends an episode; by_server: its client has not asked for it.  Raises EpisodeLost when it cannot be stored."""
+        episode_id = episode.start.episode_id
+        if episode_id not in self._open:  # a decision that was under way has lost it
+            self.ended_as(episode_id)
         self._claim_rollout(episode, end)
         sequence = 0
         try:
             episode.executed(ticks)
             if self._store is not None and episode.writer is not None:
                 sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
-        except OSError as error:
+        except Exception as error:  # whatever it was, the file is not whole
             raise self.lose(episode, error) from error
         self.ended[end.outcome] += 1
         if episode.lease is not None and end.outcome == episode_pb2.OUTCOME_ERROR:
             self._rollouts.fail(episode.lease, end.message)
         elif episode.lease is not None:
             self._rollouts.complete(episode.lease)
-        self._forget(episode, sequence)
+        refusal = f"the server has closed episode {episode_id!r} as an error: {end.message}"
+        self._forget(episode, functools.partial(OutOfOrder, refusal, field="episode_id") if by_server else sequence)
         log.info("episode ended", extra=_record(episode, end) | {"sequence": sequence})
-        return sequence
 
-    def lose(self, episode: Episode, error: OSError) -> EpisodeLost:
+    def lose(self, episode: Episode, error: Exception) -> EpisodeLost:
         """Closes an episode whose file takes no more records: it will never be whole."""
-        log.error("episode %s is lost: its file takes no more records: %s", episode.start.episode_id, error.strerror)
-        if episode.writer is not None:
-            episode.writer.discard()
-            episode.writer = None
+        foreseen = isinstance(error, OSError)
+        why = error.strerror if foreseen else "the server failed, and its log says why"
+        log.error(
+            "episode %s is lost: its file takes no more records: %s",
+            episode.start.episode_id,
+            why,
+            exc_info=None if foreseen else error,
+        )
+        writer, episode.writer = episode.writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # it is in the way of nobody, and the next server sets it aside
+                writer.discard()
         self.ended[episode_pb2.OUTCOME_ERROR] += 1
-        lost = EpisodeLost(f"the episode could not be stored and is lost: {error.strerror}", field="episode_id")
+        lost = functools.partial(EpisodeLost, f"the episode could not be stored and is lost: {why}", field="episode_id")
         if episode.lease is not None:
-            self._rollouts.fail(episode.lease, str(lost))
+            self._rollouts.fail(episode.lease, str(lost()))
         self._forget(episode, lost)
-        return lost
+        return lost()
 
     def _lease(self, lease_id: str) -> Lease | None:
         lease = self._rollouts.find(lease_id)
@@ -273,9 +300,9 @@ class Episodes:
         end.outcome = episode_pb2.OUTCOME_ERROR
         end.message = f"not counted: rollout {rollout_id!r} was completed by another episode, set aside or cancelled"
 
-    def _forget(self, episode: Episode, sequence: int | EpisodeLost) -> None:
+    def _forget(self, episode: Episode, closed: int | Callable[[], Refused]) -> None:
         self._open.pop(episode.start.episode_id, None)
-        _remember(self._closed, episode.start.episode_id, sequence)
+        _remember(self._closed, episode.start.episode_id, closed)
 
 
 def word(enum: Any, code: int) -> str:

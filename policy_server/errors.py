@@ -10,12 +10,12 @@ PolicyServerError
     ├── UnknownVersion  NOT_FOUND            no such weights
     ├── Unauthenticated UNAUTHENTICATED      no token, or none of this server's
     ├── Forbidden       PERMISSION_DENIED    the token's role may not do this
-    ├── Overloaded      RESOURCE_EXHAUSTED   the queue, the disk or the client's share is full; try again later
+    ├── Overloaded      RESOURCE_EXHAUSTED   the queue, the disk, the device or the client's share is full; try later
     ├── TooSlow         DEADLINE_EXCEEDED    the client did not send, or read, in time
     ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
     ├── Abandoned       CANCELLED            nobody waits for the answer any more
     ├── InternalFault   INTERNAL             the model, or the server itself, raised
-    └── Unavailable     UNAVAILABLE          not warm yet, draining or stopping
+    └── Unavailable     UNAVAILABLE          not warm yet, asleep, draining or stopping
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import grpc
 
 from protos import policy_pb2
 
-MAX_SENTENCE_BYTES = 1000
+MAX_SENTENCE_BYTES, MAX_FIELD_BYTES = 1000, 200
 """Of a refusal: it repeats what was got, and travels in headers, which hold little."""
 
 
@@ -50,8 +50,8 @@ class Refused(PolicyServerError):
     status = grpc.StatusCode.UNKNOWN
 
     def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0):
-        super().__init__(_shortened(message))
-        self.field = field
+        super().__init__(_shortened(message, MAX_SENTENCE_BYTES))
+        self.field = _shortened(field, MAX_FIELD_BYTES)
         self.retry_after_ms = retry_after_ms
 
     @property
@@ -110,8 +110,6 @@ class Unavailable(Refused):
     status = grpc.StatusCode.UNAVAILABLE
 
 
-def _shortened(message: str) -> str:
-    encoded = message.encode()
-    if len(encoded) <= MAX_SENTENCE_BYTES:
-        return message
-    return f"{encoded[:MAX_SENTENCE_BYTES].decode(errors='ignore')} ..."
+def _shortened(text: str, most_bytes: int) -> str:
+    encoded = text.encode()
+    return text if len(encoded) <= most_bytes else f"{encoded[:most_bytes].decode(errors='ignore')} ..."

@@ -1,12 +1,12 @@
 """The HTTP door: the live page and what it asks for, the metrics, and a health probe.
 
-    /                                 the page: index.html, page.css, page.js of page/, and nothing from elsewhere
-    /state                            everything about now, as JSON (policy_server/watch.py)
-    /robots/EPISODE/frame             the latest frame of an open episode, as JPEG
-    /episodes                         the stored episodes, newest first, as JSON
-    /episodes/SEQUENCE/frames/INDEX   what a stored episode's decision saw, as JPEG
-    /metrics                          for Prometheus
-    /healthz                          200 while the server serves, 503 otherwise; open to all
+    /                                the page: index.html, page.css, page.js of page/, and nothing from elsewhere
+    /state                           everything about now, as JSON (policy_server/watch.py)
+    /robots/EPISODE/frame            the latest frame of an open episode, as JPEG
+    /episodes                        the stored episodes, newest first, as JSON
+    /episodes/EPISODE/frames/INDEX   what a stored episode's decision saw, as JPEG
+    /metrics                         for Prometheus
+    /healthz                         200 while the server serves, 503 otherwise; open to all
 
 Nothing can be changed through it.  Pictures are encoded and episodes read in one thread, however many look.
 """
@@ -14,7 +14,10 @@ Nothing can be changed through it.  Pictures are encoded and episodes read in on
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import re
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client.exposition import choose_encoder
 
 from policy_server.access import TRAINERS, Guard
-from policy_server.errors import CannotStart, Forbidden, Unauthenticated
+from policy_server.calls import ARRIVE_S
+from policy_server.errors import BadRequest, CannotStart, Forbidden, Unauthenticated
 from policy_server.logs import about
+from policy_server.metrics import Metrics
 from policy_server.refusals import note
 from policy_server.watch import Watch
-from protos.channel import is_loopback
+from protos.channel import address_of, is_loopback
 from protos.codec import CodecError
 from protos.episode_file import DamagedEpisode
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 FILES = {
@@ -50,6 +57,8 @@ HEADERS = {
 PORT = re.compile(r":\d+$")
 NOW = {"Cache-Control": "no-store"}
 FOR_GOOD = {"Cache-Control": "private, max-age=86400, immutable"}
+NO_HTTP = (HttpProcessingError, web.RequestPayloadError, UnicodeEncodeError)
+"""What aiohttp raises for it; the last one where it would repeat bytes that a header holds."""
 FLUSH_S = 1.0
 """How long the last replies may take to leave."""
 
@@ -61,13 +70,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class HttpDoor:
     """Trainers and admins come in, where the guard asks."""
 
-    def __init__(self, watch: Watch, registry: CollectorRegistry, *, guard: Guard):
-        self._watch, self._registry, self._guard = watch, registry, guard
+    def __init__(self, watch: Watch, metrics: Metrics, *, guard: Guard):
+        self._watch, self._metrics, self._guard = watch, metrics, guard
         self._files = {path: (PAGE / name).read_bytes() for path, (name, _) in FILES.items()}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="http")
 
     async def start(self, host: str, port: int) -> int:
-        """Listens; gives the port.  Raises CannotStart when the address is taken."""
+        """Listens; gives the port.  Raises CannotStart when that cannot be had."""
         self._is_local = is_loopback(host)
         application = web.Application(middlewares=[self._admit])
         application.on_response_prepare.append(_add_headers)
@@ -77,8 +86,8 @@ class HttpDoor:
                 web.get("/state", self._state),
                 web.get("/robots/{episode}/frame", self._frame),
                 web.get("/episodes", self._episodes),
-                web.get(r"/episodes/{sequence:\d{1,12}}/frames/{index:\d{1,9}}", self._stored_frame),
-                web.get("/metrics", self._metrics),
+                web.get(r"/episodes/{episode}/frames/{index:\d{1,9}}", self._stored_frame),
+                web.get("/metrics", self._exposition),
                 web.get("/healthz", self._healthz),
             ]
         )
@@ -100,7 +109,8 @@ class HttpDoor:
         if self._is_local and not is_loopback(PORT.sub("", request.host)):
             raise web.HTTPMisdirectedRequest(text="this server is only for its own machine: call it localhost\n")
         try:
-            self._guard.check(request.headers.get("Authorization"), TRAINERS)
+            with self._metrics.door():
+                self._guard.check(request.headers.get("Authorization"), TRAINERS)
         except (Unauthenticated, Forbidden) as refused:
             with about(peer=request.remote):
                 note(refused)
@@ -127,12 +137,12 @@ class HttpDoor:
         return await self._picture(NOW, self._watch.frame, request.match_info["episode"])
 
     async def _stored_frame(self, request: web.Request) -> web.Response:
-        sequence, index = int(request.match_info["sequence"]), int(request.match_info["index"])
-        return await self._picture(FOR_GOOD, self._watch.stored_frame, sequence, index)
+        episode, index = request.match_info["episode"], int(request.match_info["index"])
+        return await self._picture(FOR_GOOD, self._watch.stored_frame, episode, index)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _exposition(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        body = await self._aside(encode, self._registry)
+        body = await self._aside(encode, self._metrics.registry)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -153,15 +163,42 @@ class HttpDoor:
 async def listen(
     application: web.Application, *, host: str, port: int, tls: ssl.SSLContext | None
 ) -> tuple[web.AppRunner, int]:
-    """Serves until the runner's cleanup(); gives the real port.  Raises CannotStart when the address is taken."""
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=FLUSH_S)
+    """Serves until the runner's cleanup(); gives the real port.  Raises CannotStart when that cannot be had.
+
+    A connection over which no whole request comes for ARRIVE_S is closed.
+    """
+    log.addFilter(_is_ours)
+    runner = web.AppRunner(
+        application, access_log=None, logger=log, keepalive_timeout=ARRIVE_S, shutdown_timeout=FLUSH_S
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, ssl_context=tls).start()
     except OSError as error:
         await runner.cleanup()
-        raise CannotStart(f"cannot listen on {host}:{port}: is another server running there?") from error
+        raise cannot_listen(host, port) from error
     return runner, runner.addresses[0][1]
+
+
+def cannot_listen(host: str, port: int) -> CannotStart:
+    """Says why, which not every library does: found out by trying."""
+    why = "is another server running there?"
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+    except OSError as error:
+        why = why if error.errno == errno.EADDRINUSE else error.strerror
+    return CannotStart(f"cannot listen on {address_of(host, port)}: {why}")
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Notes what is no HTTP as other refusals are: aiohttp shows it, at length, and it may hold a token."""
+    if not isinstance(record.exc_info and record.exc_info[1], NO_HTTP):
+        return True
+    with about(peer=next(iter(record.args or ()), "")):
+        note(BadRequest("must be HTTP, got something else"))
+    return False
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

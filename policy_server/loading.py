@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,13 +37,17 @@ def load(config: ServeConfig) -> VlaModel:
     from policy_server.vla.checkpoint import CheckpointError
     from policy_server.vla.policy import Policy
     from policy_server.vla.quantized import CannotQuantize
-    from policy_server.vla_model import VlaModel
+    from policy_server.vla_model import NO_ROOM, VlaModel
 
     torch.set_num_threads(config.threads)
     cuda = torch.cuda.is_available()
     device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise CannotStart(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if device.startswith("cuda") and not cuda:
         raise CannotStart(f"device {device!r} was asked for, but this machine or its torch has no CUDA")
+    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
+        raise CannotStart(f"device {device!r} was asked for, but CUDA has only {torch.cuda.device_count()} here")
     # The kernels for 4 bits are made for bfloat16.
     exact = device == "cpu" and config.weights != "int4"
     dtype = ("float32" if exact else "bfloat16") if config.dtype == "auto" else config.dtype
@@ -68,3 +73,5 @@ def load(config: ServeConfig) -> VlaModel:
         )
     except (CheckpointError, UnknownStatistics, CannotQuantize) as error:
         raise CannotStart(f"cannot serve the model {config.model!r}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise CannotStart(NO_ROOM) from error

@@ -45,14 +45,14 @@ def configure(format: LogFormat) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """The level's letter and the message, then the fields."""
+    """The level's letter and the message, on one line whatever a client has put into it; then the fields."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname).1s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={_word(value)}" for name, value in _fields(record).items())
-        return super().formatMessage(record) + (f"  [{fields}]" if fields else "")
+        return _printable(super().formatMessage(record)) + (f"  [{fields}]" if fields else "")
 
 
 class JsonFormatter(logging.Formatter):
@@ -102,6 +102,10 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {
         name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in fields.items() if value != ""
     }
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _word(value: Any) -> str:

@@ -21,13 +21,24 @@ from prometheus_client.registry import Collector
 from policy_server.batcher import Batcher, DecodeAnswer, Ticket
 from policy_server.episode_store import EpisodeStore
 from policy_server.episodes import Episode, Episodes, word
-from policy_server.errors import InternalFault, Refused
+from policy_server.errors import (
+    BadRequest,
+    Forbidden,
+    InternalFault,
+    Overloaded,
+    Refused,
+    TooSlow,
+    Unauthenticated,
+    Unavailable,
+)
 from policy_server.version_store import Kind, VersionStore
 from policy_server.versions import Versions
 from protos import episode_pb2
 
 Call = Literal["start", "act", "end"]
 ANSWERED, CANCELLED = "answered", "cancelled"
+AT_DOORS_ONLY = (Unauthenticated, Forbidden, TooSlow)
+AT_DOORS = (*AT_DOORS_ONLY, BadRequest, Overloaded, Unavailable)
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -42,6 +53,13 @@ class Metrics:
             "Requests of robots, by call (start, act, end) and by what became of them: answered, cancelled by the"
             " client, or refused with this status.",
             ["call", "outcome"],
+            registry=registry,
+        )
+        self._turned_away = Counter(
+            "vla_rl_turned_away",
+            "Calls, connections and page requests that were refused at a port with this status, before anything was"
+            " done for them.",
+            ["status"],
             registry=registry,
         )
         self._decision = Histogram(
@@ -64,8 +82,12 @@ class Metrics:
             "vla_rl_batch_size", "Requests that shared a pass of the model.", buckets=BATCHES, registry=registry
         )
         self._tokens = Counter("vla_rl_tokens", "Action tokens that the model decoded.", registry=registry)
-        for outcome in (ANSWERED, CANCELLED, *sorted({_outcome(kind) for kind in Refused.__subclasses__()})):
-            self._requests.labels("act", outcome)  # a rate needs the zero before the first one
+        # A rate needs the zero before the first one.
+        refusals = {_outcome(kind) for kind in Refused.__subclasses__() if kind not in AT_DOORS_ONLY}
+        for outcome in sorted({ANSWERED, CANCELLED, *refusals}):
+            self._requests.labels("act", outcome)
+        for kind in AT_DOORS:
+            self._turned_away.labels(_outcome(kind))
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
 
@@ -86,6 +108,15 @@ class Metrics:
             raise
         finally:
             self._requests.labels(call, outcome).inc()
+
+    @contextlib.contextmanager
+    def door(self) -> Iterator[None]:
+        """Counts whom it turns away."""
+        try:
+            yield
+        except Refused as refused:
+            self._turned_away.labels(_outcome(type(refused))).inc()
+            raise
 
     def prepared(self, seconds: float) -> None:
         """An observation was decoded and prepared."""

@@ -25,6 +25,7 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = float(np.float32(1e-6)), 1000.0
 """Beyond them logits divided by it are no numbers any more, or all the same."""
 MAX_SHOWN = 32
 """Numbers that a sentence has room for."""
+SOURCES = {*episode_pb2.Source.values()} - {episode_pb2.SOURCE_UNSPECIFIED}
 BESIDE_IMAGES_BYTES = 2 * 2**20
 """Of a request, for everything that is no image."""
 
@@ -116,7 +117,9 @@ def check_ticks(ticks: Sequence[episode_pb2.Tick], size: int) -> None:
                 f"must be {size} finite numbers or none, got {_few(tick.expert_action)}",
                 field=f"executed[{i}].expert_action",
             )
-        check_choice(tick.source, episode_pb2.Source, "must say who chose the action", field=f"executed[{i}].source")
+        if tick.source not in SOURCES:
+            field = f"executed[{i}].source"
+            check_choice(tick.source, episode_pb2.Source, "must say who chose the action", field=field)
 
 
 def check_choice(code: int, choices: Any, what: str, *, field: str) -> None:
@@ -130,9 +133,13 @@ def check_choice(code: int, choices: Any, what: str, *, field: str) -> None:
 def check_names(message: Message, *names: str, field: str = "") -> None:
     """Raises BadRequest for a text of the message that is longer than a name.  field: of the message, with a dot."""
     for name in names:
-        size = len(getattr(message, name))
-        if size > MAX_NAME:
-            raise BadRequest(f"must be at most {MAX_NAME} characters, got {size}", field=f"{field}{name}")
+        check_name(getattr(message, name), field=f"{field}{name}")
+
+
+def check_name(text: str, *, field: str) -> None:
+    """Raises BadRequest for one that is too long."""
+    if len(text) > MAX_NAME:
+        raise BadRequest(f"must be at most {MAX_NAME} characters, got {len(text)}", field=field)
 
 
 def _are_numbers(values: Sequence[float], size: int) -> bool:

@@ -8,28 +8,31 @@
 
 Nothing in it opens or ends an episode, or tells what was executed.  A connection is an episode from its first
 observation on: greedy, of the version that is live then.  It ends as an error, for nobody knows how it ended.  When it
-is closed for being silent, the next observation begins another.
+is closed for being silent, the next observation begins another, where the robot's token still lets it in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
+from aiohttp.log import ws_logger
 from google.protobuf.message import Message
 
 from policy_server.access import ROBOTS, Guard
-from policy_server.calls import Calls
+from policy_server.calls import Calls, client_at
 from policy_server.errors import BadRequest, CannotStart, Forbidden, Overloaded, Refused, Unauthenticated
 from policy_server.http import listen
 from policy_server.logs import about
 from policy_server.observation import MAX_NAME, max_request_bytes
-from policy_server.refusals import note, refusals_only
+from policy_server.refusals import ids, note, refusals_only
 from policy_server.service import PolicyService
 from protos import episode_pb2, policy_pb2, tensor_pb2
 from protos.codec import CodecError, decode_tensor, encode_image, encode_tensor
@@ -39,11 +42,13 @@ HEARTBEAT_S = 60.0
 """How often a silent robot is asked whether it is there; it has half as long to answer, since it may be busy."""
 UNREAD_S = 30.0
 """How long an answer may wait for a robot that does not read."""
-DEPTH = 16
-"""Observations of one robot under way; no more is read until one of them is answered."""
+WAITING = 1
+"""Observations of one robot between the one that is answered next and the newest, after which no more is read."""
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
 UNKNOWN = "the connection ended; openpi's protocol does not tell how the episode did"
+ws_logger.setLevel(logging.ERROR)  # its warnings repeat what a robot sent
+
 HTTP_STATUS = {Unauthenticated: 401, Forbidden: 403, Overloaded: 429}
 NOT_NOW = 503
 
@@ -70,7 +75,7 @@ class OpenpiDoor:
         self._connections: set[Connection] = set()
 
     async def start(self, host: str, port: int) -> int:
-        """Listens; gives the port.  Raises CannotStart when the address is taken."""
+        """Listens; gives the port.  Raises CannotStart when that cannot be had."""
         application = web.Application()
         application.add_routes([web.get("/healthz", self._healthz), web.get("/{path:.*}", self._connect)])
         self._runner, port = await listen(application, host=host, port=port, tls=self._guard.tls)
@@ -90,38 +95,46 @@ class OpenpiDoor:
 
     async def _connect(self, request: web.Request) -> web.StreamResponse:
         """A connection counts as a call that its client has under way."""
-        client = f"ipv4:{request.remote}"
-        try:
-            if "Origin" in request.headers:  # a page that somebody's browser shows is no robot
-                raise Forbidden("only robots are let in, got a browser")
-            self._guard.check(request.headers.get("Authorization"), ROBOTS)
-            self._service.check()
-            self._calls.enter(client)
-        except Refused as refused:
-            note(refused)
-            return _refusal(refused)
-        try:
-            return await self._serve(request, client)
-        finally:
-            self._calls.leave(client)
+        client = client_at(request.remote or "")
+        admit = functools.partial(self._guard.check, request.headers.get("Authorization"), ROBOTS)
+        with about(peer=request.remote):
+            try:
+                with self._service.metrics.door():
+                    if "Origin" in request.headers:  # a page that somebody's browser shows is no robot
+                        raise Forbidden("only robots are let in, got a browser")
+                    admit()
+                    self._service.check()
+                    self._calls.enter(client)
+            except Refused as refused:
+                note(refused)
+                return _refusal(refused)
+            try:
+                return await self._serve(request, client, admit)
+            finally:
+                self._calls.leave(client)
 
-    async def _serve(self, request: web.Request, client: str) -> web.StreamResponse:
+    async def _serve(self, request: web.Request, client: str, admit: Callable[[], None]) -> web.StreamResponse:
         socket = web.WebSocketResponse(
             heartbeat=HEARTBEAT_S, timeout=FLUSH_S, max_msg_size=self._max_bytes, compress=False
         )
-        await socket.prepare(request)
-        connection = Connection(request, socket, self._service, self._dialect, client=client)
+        try:
+            await socket.prepare(request)
+        except ValueError:  # its headers are bytes
+            raise web.HTTPBadRequest(text="must be a websocket's request\n") from None
+        connection = Connection(request, socket, self._service, self._dialect, client=client, admit=admit)
         self._connections.add(connection)
         try:
-            with about(peer=request.remote):
-                await connection.serve()
+            await connection.serve()
         finally:
             self._connections.discard(connection)
         return socket
 
 
 class Connection:
-    """One robot's.  Its observations are answered in their order: nothing in an answer tells which one it answers."""
+    """One robot's.  Its observations are answered in their order: nothing in an answer tells which one it answers.
+
+    admit() raises Refused when the robot may begin no more episodes.
+    """
 
     def __init__(
         self,
@@ -131,10 +144,11 @@ class Connection:
         dialect: Dialect,
         *,
         client: str,
+        admit: Callable[[], None],
     ):
-        self._request, self._socket, self._client = request, socket, client
+        self._request, self._socket, self._client, self._admit = request, socket, client, admit
         self._service, self._dialect = service, dialect
-        self._replies: asyncio.Queue[asyncio.Task[bytes | str]] = asyncio.Queue(DEPTH)
+        self._replies: asyncio.Queue[asyncio.Task[bytes | str]] = asyncio.Queue(WAITING)
         self._opening = asyncio.Lock()
         self._episode_id, self._due = "", 0
 
@@ -182,32 +196,49 @@ class Connection:
 
     async def _reply(self, message: WSMessage) -> bytes | str:
         arrived_s = time.monotonic()
-        try:
-            with refusals_only():
-                reply = await self._answer(message)
-                return pack(self._dialect.answer(reply.chunk, served_s=time.monotonic() - arrived_s))
-        except Refused as refused:
-            note(refused)
-            return self._dialect.sentence(refused)
+        with contextlib.ExitStack() as line:
+            try:
+                with refusals_only():
+                    request = await self._asked(message)
+                    del message  # it may be large, and its answer may take long
+                    line.enter_context(about(**ids(request)))
+                    reply = await self._answer(request)
+                    return pack(self._dialect.answer(reply.chunk, served_s=time.monotonic() - arrived_s))
+            except Refused as refused:
+                note(refused)
+                return self._dialect.sentence(refused)
 
-    async def _answer(self, message: WSMessage) -> policy_pb2.ActReply:
+    async def _asked(self, message: WSMessage) -> policy_pb2.ActRequest:
         """Raises Refused."""
-        if message.type is not WSMsgType.BINARY:
-            raise BadRequest("must be binary, got text", field="message")
-        observation = self._dialect.observation(message.data)
+        observation = self._seen(message)
         episode_id = await self._episode(observation)
         decision, self._due = self._due, self._due + 1
-        request = policy_pb2.ActRequest(episode_id=episode_id, decision=decision, observation=observation)
+        return policy_pb2.ActRequest(episode_id=episode_id, decision=decision, observation=observation)
+
+    def _seen(self, message: WSMessage) -> episode_pb2.Observation:
+        """Raises BadRequest."""
+        try:
+            if message.type is not WSMsgType.BINARY:
+                raise BadRequest("must be binary, got text", field="message")
+            return self._dialect.observation(message.data)
+        except Exception:
+            with self._service.metrics.request("act"):  # it does not come to the service, which counts all others
+                raise
+
+    async def _answer(self, request: policy_pb2.ActRequest) -> policy_pb2.ActReply:
+        """Raises Refused."""
         try:
             return await self._service.answer(request)
         except Refused:
-            if self._due == decision + 1:  # the next observation is for the same decision
-                self._due = decision
+            if self._due == request.decision + 1:  # the next observation is for the same decision
+                self._due = request.decision
             raise
 
     async def _episode(self, observation: episode_pb2.Observation) -> str:
         async with self._opening:
             if not self._service.is_open(self._episode_id):
+                with self._service.metrics.door():
+                    self._admit()
                 task = observation.instruction[:MAX_NAME]
                 request = policy_pb2.StartEpisodeRequest(purpose="PURPOSE_DEPLOY", task=task, arm="openpi")
                 opened = await self._service.start(request, client=self._client)

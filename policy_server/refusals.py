@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -24,26 +24,32 @@ IDS = {"episode": "episode_id", "decision": "decision"}
 MAX_ID = 100
 """Characters of them in a line."""
 WARMING = "the model is warming up"
+TURNING_IN = "the server is about to sleep: it takes no new episodes"
+ASLEEP = "the server is asleep until it is told to Wake"
 DRAINING = "the server is draining: it takes no more work"
 STOPPING = "the server is stopping"
+FOR_GOOD = (DRAINING, STOPPING)
+
+E = TypeVar("E", bound=BaseException)
 
 
 class Door:
-    """Whether requests are taken: from when the model is warm until the server drains or stops, and never again."""
+    """Whether requests are taken: not before the model is warm, nor while it sleeps; never again after FOR_GOOD."""
 
     def __init__(self) -> None:
         self._closed_because = WARMING
 
     def open(self) -> None:
-        if self._closed_because == WARMING:
+        if self._closed_because not in FOR_GOOD:
             self._closed_because = ""
 
     def close(self, because: str) -> None:
-        self._closed_because = because
+        if because in FOR_GOOD or self._closed_because not in FOR_GOOD:
+            self._closed_because = because
 
-    def check(self) -> None:
-        """Raises Unavailable while it is closed."""
-        if self._closed_because:
+    def check(self, *, leased: bool = False) -> None:
+        """Raises Unavailable while it is closed; for work that was handed out, not while it is only about to sleep."""
+        if self._closed_because and not (leased and self._closed_because == TURNING_IN):
             raise Unavailable(self._closed_because, retry_after_ms=RETRY_SOON_MS)
 
 
@@ -70,7 +76,7 @@ def refusing(handler):
                 with refusals_only():
                     return await handler(*args)
             except Refused as error:
-                refused = _bare(error)
+                refused = bare(error)
             del args  # the request may be large, and its client slow to hear why it is refused
             await refuse(context, refused)
 
@@ -100,10 +106,10 @@ def ids(request: Any) -> dict[str, Any]:
     return {name: value[:MAX_ID] if isinstance(value, str) else value for name, value in found.items()}
 
 
-def _bare(refused: Refused) -> Refused:
-    """Without what it was raised from, whose frames hold the request."""
-    refused.__cause__ = refused.__context__ = None
-    return refused.with_traceback(None)
+def bare(error: E) -> E:
+    """Without where, and from what, it was raised: those frames hold the request."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _sentence(refused: Refused) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
+import multiprocessing.connection
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,10 +26,14 @@ import numpy as np
 
 from policy_server.batcher import DecodeAnswer, DecodeRequest
 from policy_server.config import ServeConfig
-from policy_server.errors import EngineGone, PolicyServerError
+from policy_server.engine import SWITCH_S
+from policy_server.errors import EngineGone, InternalFault, PolicyServerError
+from policy_server.logs import configure as configure_log
 from policy_server.preparer import Preparer
 from policy_server.version_store import Kind
 from protos import policy_pb2
+
+log = logging.getLogger(__name__)
 
 FIRST = 0
 CLOSE_S = 10.0
@@ -60,10 +67,11 @@ class RemoteModel:
     """
 
     def __init__(self, config: ServeConfig, devices: Sequence[str]):
+        self._closing = False
         self._processes = [_Process(replace(config, device=device, devices=())) for device in devices]
         self.lanes = len(devices)
         try:
-            loaded: Loaded = self._all(lambda process: process.change("load"))
+            loaded: Loaded = self._each(lambda process: process.change("load"))[0]
         except BaseException:
             self.close()
             raise
@@ -72,7 +80,7 @@ class RemoteModel:
         self._numbers = itertools.count(FIRST + 1)
 
     def warm_up(self) -> None:
-        self._all(lambda process: process.compute("warm_up"))
+        self._each(lambda process: process.compute("warm_up"))
 
     def together(self, weights: Sequence[Key]) -> bool:
         return len({key.vla for key in weights}) == 1 and len({key.layout for key in weights} - {""}) <= 1
@@ -86,30 +94,57 @@ class RemoteModel:
     def build(self, folder: Path, kind: Kind) -> Key:
         number = next(self._numbers)
         try:
-            key = self._all(lambda process: process.change("build", number, folder, kind))
-        except PolicyServerError:
+            key: Key = self._each(lambda process: process.change("build", number, folder, kind))[0]
+        except BaseException:  # one may have them already
             self._drop(number)
             raise
         weakref.finalize(key, self._drop, number).atexit = False
         return key
 
     def fingerprint(self, weights: Key) -> str:
-        return self._processes[0].change("fingerprint", weights.number)
+        """Of the tensors on every device.  Raises InternalFault where they differ."""
+        first, *others = self._each(lambda process: process.change("fingerprint", weights.number))
+        if any(other != first for other in others):
+            raise InternalFault("the devices hold different weights for one version")
+        return first
+
+    def sleep(self) -> int:
+        return sum(self._all_or_none("sleep", "wake"))
+
+    def wake(self) -> None:
+        self._all_or_none("wake", "sleep")
+
+    def watch(self, gone: Callable[[], object]) -> None:
+        threading.Thread(target=self._watch, args=(gone,), name="watch", daemon=True).start()
 
     def close(self) -> None:
         """Ends the processes."""
+        self._closing = True
         for process in self._processes:
             process.close()
 
-    def _all(self, ask: Callable[[_Process], Any]) -> Any:
-        """Asks all at once; gives what the first said, for all say the same."""
+    def _watch(self, gone: Callable[[], object]) -> None:
+        multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        if not self._closing:
+            gone()
+
+    def _each(self, ask: Callable[[_Process], Any]) -> list[Any]:
+        """Asks all at once."""
         with ThreadPoolExecutor(len(self._processes)) as pool:
-            first, *_ = pool.map(ask, self._processes)
-        return first
+            return list(pool.map(ask, self._processes))
+
+    def _all_or_none(self, what: str, back: str) -> list[Any]:
+        """None of them is left in another state than the others."""
+        try:
+            return self._each(lambda process: process.change(what))
+        except PolicyServerError:
+            with contextlib.suppress(PolicyServerError):
+                self._each(lambda process: process.change(back))
+            raise
 
     def _drop(self, number: int) -> None:
         with contextlib.suppress(EngineGone):
-            self._all(lambda process: process.change("drop", number))
+            self._each(lambda process: process.change("drop", number))
 
 
 class _Process:
@@ -120,6 +155,7 @@ class _Process:
         (self._compute, compute), (self._change, change) = context.Pipe(), context.Pipe()
         self._process = context.Process(target=_serve, args=(compute, change, config), name="engine", daemon=True)
         self._process.start()
+        self.sentinel = self._process.sentinel
         compute.close()
         change.close()
         self._computing, self._changing = threading.Lock(), threading.Lock()
@@ -154,6 +190,8 @@ def _serve(compute: Connection, change: Connection, config: ServeConfig) -> None
     """What the process does, until its links are closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # its parent says when
+    configure_log(config.log_format)
+    sys.setswitchinterval(SWITCH_S)
     engine = _Engine(config)
     threading.Thread(target=_answer, args=(change, engine), daemon=True).start()
     _answer(compute, engine)
@@ -167,8 +205,9 @@ def _answer(link: Connection, engine: _Engine) -> None:
                 said = (False, getattr(engine, what)(*args))
             except PolicyServerError as error:
                 said = (True, error)
-            except Exception as error:  # whatever a model raises, and perhaps cannot be sent
-                said = (True, RuntimeError(f"{type(error).__name__}: {error}"))
+            except Exception:  # whatever a model raises, and perhaps cannot be sent
+                log.exception("the model failed to %s", what)
+                said = (True, InternalFault(f"the model failed to {what}; the server's log says why"))
             link.send(said)
 
 
@@ -206,6 +245,12 @@ class _Engine:
 
     def fingerprint(self, number: int) -> str:
         return self._model.fingerprint(self._weights[number])
+
+    def sleep(self) -> int:
+        return self._model.sleep()
+
+    def wake(self) -> None:
+        self._model.wake()
 
     def drop(self, number: int) -> None:
         self._weights.pop(number, None)

@@ -16,7 +16,7 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from protos.rollout_pb2 import QueueStatus, Rollout, SetAside
@@ -26,6 +26,8 @@ ATTEMPTS = 3
 DEFAULT_LEASE_S = 30.0
 HEARD_S = 60.0
 """A worker that was silent for longer is not counted, nor is what it holds."""
+MAX_WORKERS = 500
+"""So many are remembered; of more, those that were heard last."""
 MAX_ERROR = 1000
 """Characters that are remembered of what went wrong."""
 
@@ -52,7 +54,7 @@ class _Outstanding:
     errors: list[str] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Worker:
     heard_s: float
     holds: frozenset[str]
@@ -80,6 +82,7 @@ class RolloutQueue:
         """by run: rollout ids"""
         self._set_aside: dict[str, SetAside] = {}
         self._workers: dict[str, _Worker] = {}
+        """by name, who was heard last comes last"""
         for rollout_id in done:
             self._count(rollout_id)
 
@@ -102,13 +105,12 @@ class RolloutQueue:
         First of the tasks it holds, then of those with the fewest other workers on them, then in order of enqueueing.
         """
         self.expire()
-        held = frozenset(holds)
-        self._workers[worker] = _Worker(self._now(), held)
-        patterns = tuple(can_run)
-        tasks = [task for task in self._waiting if _fits(task, patterns) and (task in held or not only_held)]
+        able, held = frozenset(can_run), frozenset(holds)
+        self._hear(worker, held)
+        tasks = {task for task in self._waiting if _fits(task, able) and (task in held or not only_held)}
         if not tasks:
             return None
-        elsewhere = self._elsewhere(worker)
+        elsewhere = self._elsewhere(worker, tasks)
         task = min(tasks, key=lambda task: (task not in held, elsewhere[task], self._waiting[task][0].order))
         entry = self._waiting[task][0]
         self._take_out(entry)
@@ -121,6 +123,12 @@ class RolloutQueue:
     def outstanding(self) -> int:
         """Rollouts that have not ended."""
         return len(self._outstanding)
+
+    @property
+    def leased(self) -> int:
+        """Rollouts that workers hold."""
+        self.expire()
+        return len(self._held)
 
     def versions(self) -> set[int]:
         """The weights that those have named.  May be called from any thread."""
@@ -140,7 +148,8 @@ class RolloutQueue:
             return False
         del self._held[lease_id]  # it expires last now
         self._held[lease_id] = lease, self._now() + self.lease_s
-        self._workers.setdefault(lease.worker, _Worker(0.0, frozenset())).heard_s = self._now()
+        known = self._workers.get(lease.worker)
+        self._hear(lease.worker, known.holds if known is not None else frozenset())
         return True
 
     def give_back(self, lease_id: str, error: str) -> None:
@@ -254,16 +263,24 @@ class RolloutQueue:
     def _count(self, rollout_id: str) -> None:
         self._done.setdefault(run_of(rollout_id), set()).add(rollout_id)
 
+    def _hear(self, worker: str, holds: frozenset[str]) -> None:
+        self._workers.pop(worker, None)
+        self._workers[worker] = _Worker(self._now(), holds)
+        if len(self._workers) > MAX_WORKERS:
+            del self._workers[next(iter(self._workers))]
+
     def _heard(self) -> dict[str, _Worker]:
         since_s = self._now() - HEARD_S
         self._workers = {name: worker for name, worker in self._workers.items() if worker.heard_s >= since_s}
         return self._workers
 
-    def _elsewhere(self, worker: str) -> Counter[str]:
-        """How many other workers are on each task: they hold its scene, or run a rollout of it."""
-        holding = {(name, task) for name, other in self._heard().items() for task in other.holds}
-        running = {(lease.worker, lease.rollout.task) for lease, _ in self._held.values()}
-        return Counter(task for name, task in holding | running if name != worker)
+    def _elsewhere(self, worker: str, tasks: Set[str]) -> Counter[str]:
+        """How many other workers are on each of the tasks: they hold its scene, or run a rollout of it."""
+        on = {name: {*other.holds & tasks} for name, other in self._heard().items()}
+        for lease, _ in self._held.values():
+            on.setdefault(lease.worker, set()).add(lease.rollout.task)
+        on.pop(worker, None)
+        return Counter(itertools.chain.from_iterable(on.values()))
 
 
 def run_of(rollout_id: str) -> str:
@@ -271,6 +288,7 @@ def run_of(rollout_id: str) -> str:
     return rollout_id.partition("/")[0]
 
 
-def _fits(task: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the task is named, or its suite as "suite/*"."""
-    return any(task == pattern or (pattern.endswith("/*") and task.startswith(pattern[:-1])) for pattern in patterns)
+def _fits(task: str, able: frozenset[str]) -> bool:
+    """Whether the task is named, or its suite, which is what comes before its first "/", as "suite/*"."""
+    suite, slash, _ = task.partition("/")
+    return task in able or (slash != "" and f"{suite}/*" in able)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy_server.episode_store import EpisodeStore, Stored
-from policy_server.errors import BadRequest, OutOfOrder, Overloaded, Unavailable
-from policy_server.observation import check_names, check_sampling
+from policy_server.errors import BadRequest, OutOfOrder, Overloaded, TooSlow, Unavailable
+from policy_server.observation import check_name, check_names, check_sampling
 from policy_server.refusals import DRAINING, RETRY_SOON_MS, STOPPING, Door, refusing
 from policy_server.rollout_queue import Lease, RolloutQueue, run_of
 from policy_server.versions import Versions
@@ -28,16 +28,21 @@ MAX_OUTSTANDING = 100_000
 MAX_TASKS = 1000
 """Tasks that a worker may name."""
 MAX_READERS = 16
-"""Streams of episodes at once: each holds an episode in memory, for as long as its reader likes."""
+"""Streams of episodes at once: each holds an episode in memory."""
+READ_S = 30.0
+"""How long a part of a stream may wait for its reader to take it."""
 FULL_RETRY_MS = 10_000
 PURPOSES = (episode_pb2.PURPOSE_TRAIN, episode_pb2.PURPOSE_EVALUATE)
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A call that waits for work."""
+class _Call:
+    """A call for work, which may wait for some."""
 
-    request: rollout_pb2.LeaseRolloutRequest
+    worker: str
+    can_run: frozenset[str]
+    holds: frozenset[str]
+    only_held: bool
     lease: asyncio.Future[Lease]
 
 
@@ -49,13 +54,20 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         self._store = store
         self._versions = versions
         self._door = Door()
+        self._asleep = False
         self._stopping = asyncio.Event()
         self._readers = 0
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Call] = []
 
     def open(self) -> None:
         """From now on work is taken and handed out."""
         self._door.open()
+        self._asleep = False
+        self._hand_out()
+
+    def sleep(self) -> None:
+        """Work is taken, but none is handed out until open()."""
+        self._asleep = True
 
     def drain(self, because: str = DRAINING) -> None:
         """No more work, neither in nor out."""
@@ -83,14 +95,14 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
     ) -> rollout_pb2.EnqueueRolloutsReply:
         self._door.check()
         self._need_store().check_room()
-        for index, rollout in enumerate(request.rollouts):
-            self._check(rollout, f"rollouts[{index}]")
         if self._queue.outstanding + len(request.rollouts) > MAX_OUTSTANDING:
             raise Overloaded(
                 f"at most {MAX_OUTSTANDING} rollouts may be outstanding; {self._queue.outstanding} are, and"
                 f" {len(request.rollouts)} more were asked for",
                 retry_after_ms=FULL_RETRY_MS,
             )
+        for index, rollout in enumerate(request.rollouts):
+            self._check(rollout, f"rollouts[{index}]")
         added = self._queue.enqueue(request.rollouts)
         self._hand_out()
         return rollout_pb2.EnqueueRolloutsReply(added=added)
@@ -118,10 +130,19 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         if not request.can_run:
             raise BadRequest('must name tasks, or suites as "libero_object/*", got none', field="can_run")
         check_names(request, "worker")
-        for name in ("can_run", "holds"):
-            if len(getattr(request, name)) > MAX_TASKS:
-                raise BadRequest(f"must be at most {MAX_TASKS}, got {len(getattr(request, name))}", field=name)
-        lease = self._lease(request) or await self._wait(request)
+        for name, tasks in (("can_run", request.can_run), ("holds", request.holds)):
+            if len(tasks) > MAX_TASKS:
+                raise BadRequest(f"must be at most {MAX_TASKS}, got {len(tasks)}", field=name)
+            for index, task in enumerate(tasks):
+                check_name(task, field=f"{name}[{index}]")
+        call = _Call(
+            request.worker,
+            frozenset(request.can_run),
+            frozenset(request.holds),
+            request.only_held,
+            asyncio.get_running_loop().create_future(),
+        )
+        lease = self._lease(call) or await self._wait(call, min(request.wait_ms / 1e3, MAX_WAIT_S))
         if lease is None:
             return rollout_pb2.LeaseRolloutReply()
         return rollout_pb2.LeaseRolloutReply(
@@ -152,7 +173,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
                     if stored.damaged or request.run in ("", run_of(stored.rollout_id)):
                         await self._send(store, stored, context)
                     cursor = stored.sequence
-                await context.write(rollout_pb2.EpisodePart(sequence=cursor))
+                await _write(context, rollout_pb2.EpisodePart(sequence=cursor))
                 if not request.follow or stopping.done():
                     return
                 newer = asyncio.wrap_future(store.beyond(cursor))
@@ -184,22 +205,21 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
             records = await asyncio.to_thread(store.records, stored)
         except DamagedEpisode as error:
             self._queue.uncount(stored.rollout_id)
-            await context.write(rollout_pb2.EpisodePart(sequence=stored.sequence, damaged=str(error)))
+            await _write(context, rollout_pb2.EpisodePart(sequence=stored.sequence, damaged=str(error)))
             return
         for record in records:
-            await context.write(rollout_pb2.EpisodePart(sequence=stored.sequence, record=record))
+            await _write(context, rollout_pb2.EpisodePart(sequence=stored.sequence, record=record))
 
-    def _lease(self, request: rollout_pb2.LeaseRolloutRequest, *, only_held: bool = False) -> Lease | None:
-        return self._queue.lease(
-            request.worker, request.can_run, holds=request.holds, only_held=only_held or request.only_held
-        )
+    def _lease(self, call: _Call, *, only_held: bool = False) -> Lease | None:
+        if self._asleep:
+            return None
+        return self._queue.lease(call.worker, call.can_run, holds=call.holds, only_held=only_held or call.only_held)
 
-    async def _wait(self, request: rollout_pb2.LeaseRolloutRequest) -> Lease | None:
-        """Work as soon as there is some; None when there is none for as long as the worker would wait."""
-        call = _Waiting(request, asyncio.get_running_loop().create_future())
+    async def _wait(self, call: _Call, within_s: float) -> Lease | None:
+        """Work as soon as there is some; None when there is none within_s."""
         self._waiting.append(call)
         try:
-            return await asyncio.wait_for(call.lease, min(request.wait_ms / 1e3, MAX_WAIT_S))
+            return await asyncio.wait_for(call.lease, within_s)
         except asyncio.TimeoutError:
             return None
         finally:
@@ -215,7 +235,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
             return
         for only_held in (True, False):
             for call in self._waiting:
-                if not call.lease.done() and (lease := self._lease(call.request, only_held=only_held)):
+                if not call.lease.done() and (lease := self._lease(call, only_held=only_held)):
                     call.lease.set_result(lease)
 
     def _need_store(self) -> EpisodeStore:
@@ -235,3 +255,14 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         check_sampling(rollout.temperature, rollout.noise_correlation, field=f"{field}.")
         if rollout.HasField("version"):
             self._versions.check(rollout.version, field=f"{field}.version")
+
+
+async def _write(context: Any, part: rollout_pb2.EpisodePart) -> None:
+    """Returns when the connection has taken the part.  Raises TooSlow when that takes too long."""
+    writing = asyncio.ensure_future(context.write(part))
+    try:
+        if not (await asyncio.wait({writing}, timeout=READ_S))[0]:
+            raise TooSlow(f"parts must be read within {READ_S:g} s, and were not")
+        writing.result()
+    finally:
+        writing.cancel()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,12 @@ from policy_server.calls import DEFAULT_CALLS, Calls
 from policy_server.engine import Engine
 from policy_server.episode_store import EpisodeStore
 from policy_server.episodes import DEFAULT_CLIENT_EPISODES, Episodes
-from policy_server.errors import CannotStart
-from policy_server.http import HttpDoor
+from policy_server.errors import CannotStart, Overloaded, Unavailable
+from policy_server.http import HttpDoor, cannot_listen
 from policy_server.metrics import Metrics, ServerState
 from policy_server.observation import Observed, max_request_bytes
 from policy_server.openpi import OpenpiDoor
+from policy_server.refusals import DRAINING, RETRY_SOON_MS, WARMING
 from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
 from policy_server.rollout_service import RolloutService
 from policy_server.service import PolicyService
@@ -34,7 +35,7 @@ from policy_server.version_store import Kind, VersionStore
 from policy_server.versions import DEFAULT_ADAPTER_SLOTS, Versions
 from policy_server.watch import Watch
 from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
-from protos.channel import MAX_MESSAGE_BYTES
+from protos.channel import MAX_MESSAGE_BYTES, address_of
 from protos.openpi_codec import Gripper
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,15 @@ ROLLOUTS = rollout_pb2.DESCRIPTOR.services_by_name["Rollouts"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
-DRAIN_LOOK_S = 0.05
-"""How soon a drain notices that the last episode has ended."""
+LOOK_S = 0.05
+"""How soon it is noticed that the last episode has ended."""
 REPORT_S = 1.0
 """How long a change of health may take to reach those who watch it: one who does not read holds up nobody."""
 
 OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Nothing compressed is taken (bit 0: as it is): older gRPC inflates a message before it looks at its length.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Two servers on one port would share its robots between them.
     ("grpc.so_reuseport", 0),
     # Robots ping every 10 s while a stream is quiet; the default takes that for an attack.
@@ -98,11 +101,18 @@ class Model(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Everything that makes the first answers slow."""
+        """Everything that makes the first answers slow.  Raises CannotStart where the device has no room for it."""
+        ...
+
+    def watch(self, gone: Callable[[], object]) -> None:
+        """From now on gone() is called, in any thread, when the model is lost."""
         ...
 
     def build(self, folder: Path, kind: Kind) -> Any:
-        """The weights in a folder, on the device; nothing of others changes.  Raises BadRequest."""
+        """The weights in a folder, on the device; nothing of others changes.
+
+        Raises BadRequest, and Overloaded where the device has no room.
+        """
         ...
 
     def score(self, prepared: Sequence[Any], token_ids_BN: np.ndarray, temperature: float, weights: Any) -> np.ndarray:
@@ -111,6 +121,14 @@ class Model(Protocol):
 
     def fingerprint(self, weights: Any) -> str:
         """SHA-256 over the tensors as they lie on the device."""
+        ...
+
+    def sleep(self) -> int:
+        """All weights off the device, which then has none to decode with; gives how many bytes they are."""
+        ...
+
+    def wake(self) -> None:
+        """Back on it, as they were.  Raises Overloaded where it has no room, and then they sleep on."""
         ...
 
     @property
@@ -159,7 +177,8 @@ class PolicyServer:
         rollouts = RolloutQueue(done=store.counted_rollouts() if store is not None else (), lease_s=lease_s)
         self._work = rollouts
         self._episodes = Episodes(store, rollouts, per_client=client_episodes)
-        self._calls = Calls(most=client_calls)
+        self.metrics = Metrics()
+        self._calls = Calls(self.metrics, most=client_calls)
         self._versions = Versions(
             model.first,
             store=versions,
@@ -176,7 +195,6 @@ class PolicyServer:
             together=self._together,
             lanes=model.lanes,
         )
-        self.metrics = Metrics()
         self.metrics.registry.register(
             ServerState(
                 batcher=self._batcher,
@@ -187,9 +205,7 @@ class PolicyServer:
                 adapter_slots=adapter_slots,
             )
         )
-        self._engine = Engine(
-            self._batcher, self._decode, lanes=model.lanes, observe=self.metrics.passed, gone=self._engine_gone
-        )
+        self._engine = Engine(self._batcher, self._decode, lanes=model.lanes, observe=self.metrics.passed)
         self.engine_is_gone = False
         self._service = PolicyService(
             spec=model.spec,
@@ -218,12 +234,14 @@ class PolicyServer:
         self._servers: list[grpc.aio.Server] = []
         self._expiry: asyncio.Task
         self._started_s = time.monotonic()
-        self._warm = False
+        self._warm = self._is_asleep = False
+        self._slept_bytes = 0
+        self._bedtime = asyncio.Lock()
         self._draining = asyncio.Event()
         self._drain_ends_s = 0.0
 
     async def start(self) -> int:
-        """Listens, NOT_SERVING yet; gives the port.  Raises CannotStart when an address is taken."""
+        """Listens, NOT_SERVING yet; gives the port.  Raises CannotStart when one cannot be had."""
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             return await self._open_ports()
@@ -249,15 +267,66 @@ class PolicyServer:
     async def warm_up(self) -> None:
         """Warms the model, then takes decisions.  Raises CannotStart when the live version cannot be built."""
         self._loop = asyncio.get_running_loop()
+        self._model.watch(self._engine_gone)
         await asyncio.to_thread(self._model.warm_up)
         await asyncio.to_thread(self._versions.open)
         self._engine.start()
-        self._service.open()
-        self._rollouts.open()
         self._expiry = asyncio.create_task(self._expire())
         self._warm = True
+        await self._open()
+
+    async def _open(self) -> None:
+        self._service.open()
+        self._rollouts.open()
         if not self._draining.is_set():
             await self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    async def sleep(self, within_s: float) -> int:
+        """NOT_SERVING, and all weights off the device, until wake(); gives how many bytes they are.
+
+        Those at work may take within_s to end.  Raises Overloaded when that does not do, Unavailable before it is warm
+        and when it drains, and then serves on.
+        """
+        async with self._bedtime:
+            if self._is_asleep:
+                return self._slept_bytes
+            if not self._warm:
+                raise Unavailable(WARMING, retry_after_ms=RETRY_SOON_MS)
+            self._service.turn_in()
+            self._rollouts.sleep()
+            try:
+                await self._quiet(within_s)
+                self._service.sleep()
+                self._is_asleep = True
+                await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+                self._slept_bytes = await asyncio.to_thread(self._versions.sleep, self._model.sleep)
+            except BaseException:
+                self._is_asleep = False
+                await self._open()
+                raise
+        log.info("asleep: %.1f GB of weights are off the device", self._slept_bytes / 1e9)
+        return self._slept_bytes
+
+    async def _quiet(self, within_s: float) -> None:
+        """Returns when nobody is at work.  Raises Overloaded when that takes longer, Unavailable when it drains."""
+        ends_s = time.monotonic() + within_s
+        while at_work := self._work.leased + sum(episode.lease is None for episode in self._episodes.open):
+            if time.monotonic() >= ends_s:
+                raise Overloaded(f"{at_work} episodes are at work, and must end first", retry_after_ms=RETRY_SOON_MS)
+            if self._draining.is_set():
+                break
+            await asyncio.sleep(LOOK_S)
+        if self._draining.is_set():
+            raise Unavailable(DRAINING)
+
+    async def wake(self) -> None:
+        """Serves again.  Raises Overloaded where the device has no room for the weights."""
+        async with self._bedtime:
+            if self._is_asleep:
+                await asyncio.to_thread(self._versions.wake, self._model.wake)
+                self._is_asleep = False
+                await self._open()
+                log.info("awake")
 
     async def drain(self, within_s: float) -> int:
         """NOT_SERVING, and no new episodes, from this moment on; gives how many are open.
@@ -277,7 +346,7 @@ class PolicyServer:
         """Returns once a drain has come to its end: no episode is open, or its time is over."""
         await self._draining.wait()
         while self._episodes.open and time.monotonic() < self._drain_ends_s:
-            await asyncio.sleep(DRAIN_LOOK_S)
+            await asyncio.sleep(LOOK_S)
 
     async def stop(self) -> None:
         """NOT_SERVING at once; decisions under way are answered, open episodes are closed as errors, then all ends."""
@@ -313,6 +382,8 @@ class PolicyServer:
         state, ended, now_s = admin_pb2.SERVER_STATE_WARMING, self._episodes.ended, time.monotonic()
         if self._draining.is_set():
             state = admin_pb2.SERVER_STATE_DRAINING
+        elif self._is_asleep:
+            state = admin_pb2.SERVER_STATE_ASLEEP
         elif self._warm:
             state = admin_pb2.SERVER_STATE_SERVING
         return admin_pb2.ServerStatus(
@@ -342,11 +413,11 @@ class PolicyServer:
         """Adds health and reflection, and gives the port."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        address, credentials = f"{self._host}:{port}", self._guard.server_credentials
+        address, credentials = address_of(self._host, port), self._guard.server_credentials
         try:
             port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError as error:
-            raise CannotStart(f"cannot listen on {address}: is another server running there?") from error
+            raise cannot_listen(self._host, port) from error
         await server.start()
         self._servers.append(server)
         return port
@@ -365,6 +436,8 @@ class PolicyServer:
             needed=self._needed_versions,
             status=self.status,
             drain=self.drain,
+            sleep=self.sleep,
+            wake=self.wake,
         )
 
     def _http_door(self) -> HttpDoor:
@@ -379,7 +452,7 @@ class PolicyServer:
             version_store=self._version_store,
             metrics=self.metrics,
         )
-        return HttpDoor(watch, self.metrics.registry, guard=self._guard)
+        return HttpDoor(watch, self.metrics, guard=self._guard)
 
     def _together(self, versions: Collection[int]) -> bool:
         held = [version for version in versions if self._versions.holds(version)]  # others come one at a time

@@ -2,9 +2,9 @@
 
 start(), answer(), end() and spec() know nothing of gRPC: the openpi door (policy_server/openpi.py) uses them as well.
 
-One event loop does the network; images are decoded and prepared in a small pool, so that this overlaps with the model,
+One event loop does the network; images are decoded and prepared by a small crew, so that this overlaps with the model,
 which runs in the engine's thread.  A call that the client cancels, or whose deadline passes, is cancelled by gRPC: the
-last one to leave takes its decision out of the queue before the model sees it.
+last one to leave takes its decision out of the queue before the model sees it, and nothing of it stays.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from policy_server.act_stream import RobotStream
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.calls import client_of
+from policy_server.crew import Crew
 from policy_server.episodes import Episode, Episodes, Flight
 from policy_server.errors import Abandoned, BadRequest, Refused, Superseded
 from policy_server.logs import about
@@ -37,7 +38,18 @@ from policy_server.observation import (
     max_request_bytes,
     read_observation,
 )
-from policy_server.refusals import DRAINING, STOPPING, Door, ids, note, refusals_only, refusing
+from policy_server.refusals import (
+    ASLEEP,
+    DRAINING,
+    STOPPING,
+    TURNING_IN,
+    Door,
+    bare,
+    ids,
+    note,
+    refusals_only,
+    refusing,
+)
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
 from protos.codec import encode_tensor
@@ -67,7 +79,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         self._batcher = batcher
         self._episodes = episodes
         self.metrics = metrics
-        self._pool = ThreadPoolExecutor(preparers, thread_name_prefix="prepare")
+        self._crew = Crew(preparers, "prepare")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
         self._entrance, self._door = Door(), Door()  # for new episodes, and for decisions of those there are
         self._streams: set[RobotStream] = set()
@@ -81,15 +93,22 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """No more new episodes."""
         self._entrance.close(DRAINING)
 
+    def turn_in(self) -> None:
+        """No more new episodes, but those of leases, until open()."""
+        self._entrance.close(TURNING_IN)
+
+    def sleep(self) -> None:
+        """Nothing is taken until open()."""
+        for door in (self._entrance, self._door):
+            door.close(ASLEEP)
+
     async def stop(self) -> None:
         """Refuses new decisions too, finishes those under way, closes the open episodes as errors."""
         for door in (self._entrance, self._door):
             door.close(STOPPING)
         for stream in self._streams:
             stream.stop()
-        for episode in self._episodes.open:
-            await asyncio.gather(*(flight.task for flight in episode.flights.values()), return_exceptions=True)
-            await self._close(episode, error="the server stopped")
+        await asyncio.gather(*(self._stop(episode) for episode in self._episodes.open))
 
     async def expire(self, idle_s: float) -> None:
         """Ends what was silent for longer than idle_s, episodes as errors; runs until cancelled."""
@@ -97,9 +116,11 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             await asyncio.sleep(min(1.0, idle_s / 4))
             for stream in self._streams:
                 stream.watch(idle_s)
-            for episode in self._episodes.idle(idle_s):
+            silent = self._episodes.idle(idle_s)
+            for episode in silent:
                 log.warning("episode %s was silent for %g s: closed as an error", episode.start.episode_id, idle_s)
-                await self._close(episode, error=f"nothing was heard of it for {idle_s:g} s")
+            why = f"nothing was heard of it for {idle_s:g} s"
+            await asyncio.gather(*(self._close(episode, error=why) for episode in silent))
 
     def check(self) -> None:
         """Raises Unavailable while no episodes are taken."""
@@ -122,7 +143,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     @counted("start")
     async def start(self, request: policy_pb2.StartEpisodeRequest, *, client: str = "") -> policy_pb2.StartEpisodeReply:
         """Opens an episode of that client's.  Raises Refused."""
-        self._entrance.check()
+        self._entrance.check(leased=bool(request.lease_id))
         check_names(request, "task", "initial_state", "arm", "asset_tree", "request_id")
         reply = self._episodes.start(request, self._start_record, client=client)
         if not self._versions.holds(reply.version):
@@ -134,8 +155,6 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """The chunk for one request; who is cancelled while waiting for it waits no more.  Raises Refused."""
         self._door.check()
         episode = self._episodes.find(request.episode_id)
-        check_cameras(request.observation, field="observation")
-        check_ticks(request.executed, len(self._spec.action))
         stored = episode.arrive(request)
         if stored is not None:
             return stored
@@ -144,27 +163,21 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             return await asyncio.shield(flight.task)
         finally:
             self._batcher.withdraw(flight.ticket, Abandoned("nobody waits for this answer"))
+            del flight  # a refusal holds the frames that it came through, and this one would hold the refusal
 
     @counted("end")
     async def end(self, request: policy_pb2.EndEpisodeRequest) -> policy_pb2.EndEpisodeReply:
         """Closes an episode, once; returns when it is safe.  Raises Refused."""
         if self._episodes.is_open(request.episode_id):
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._check_end, request)
-        closing = self._episodes.closing(request.episode_id)
-        if closing is None:
-            sequence = self._episodes.closed(request.episode_id)
-            if sequence is not None:
-                return policy_pb2.EndEpisodeReply(sequence=sequence)
             episode = self._episodes.find(request.episode_id)
-            end = episode_pb2.EpisodeEnd(
-                outcome=request.outcome,
-                terminal=request.terminal,
-                final_observation=request.final_observation if request.HasField("final_observation") else None,
-                message=request.message,
-                ended_unix_ns=time.time_ns(),
-            )
-            closing = self._begin_close(episode, end, list(request.executed))
-        return policy_pb2.EndEpisodeReply(sequence=await asyncio.shield(closing))
+            ending = asyncio.create_task(self._end(episode, request))
+            episode.ends.add(ending)
+            ending.add_done_callback(episode.ends.discard)
+            await ending
+        closing = self._episodes.closing(request.episode_id)
+        if closing is not None:
+            await asyncio.shield(closing)
+        return policy_pb2.EndEpisodeReply(sequence=self._episodes.ended_as(request.episode_id, request.outcome))
 
     @refusing
     async def GetSpec(self, request: policy_pb2.GetSpecRequest, context: Any) -> policy_pb2.PolicySpec:
@@ -204,7 +217,8 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     async def _build(self, request: policy_pb2.StartEpisodeRequest, reply: policy_pb2.StartEpisodeReply) -> None:
         """The weights of an episode that has pinned them by now; one that cannot have them is closed again."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._builder, self._versions.weights, reply.version)
+            with refusals_only():
+                await asyncio.get_running_loop().run_in_executor(self._builder, self._versions.weights, reply.version)
         except Refused as refused:
             self._episodes.unstart(request.request_id)
             if self._episodes.is_open(reply.episode_id):
@@ -225,60 +239,95 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 
     async def _decide(self, episode: Episode, request: policy_pb2.ActRequest, ticket: Ticket) -> policy_pb2.ActReply:
         started_s = time.monotonic()
-        start = episode.start
+        submitting = asyncio.create_task(self._submit(episode.start, request, ticket))
         try:
-            with refusals_only():
-                prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, request)
-        except Refused as refused:
-            self._batcher.withdraw(ticket, refused)
-        else:
-            decode = DecodeRequest(
-                prepared=prepared,
-                version=self._versions.live if start.follow_live else start.version,
-                temperature=start.temperature,
-                noise_correlation=start.noise_correlation,
-                seed=start.seed,
-                decision=request.decision,
-            )
-            self._batcher.submit(ticket, decode)
-        answered = await asyncio.wrap_future(ticket.answer)
+            answered = await asyncio.wrap_future(ticket.answer)
+        finally:
+            submitting.cancel()  # when it was withdrawn before its turn came, nobody prepares it
         prepare_ms = 1e3 * (ticket.submitted_s - started_s)
         self.metrics.prepared(prepare_ms / 1e3)
-        reply = _reply(request, chunk=_chunk(answered, start.temperature, prepare_ms))
+        reply = _reply(request, chunk=_chunk(answered, episode.start.temperature, prepare_ms))
+        older = [flight.task for decision, flight in episode.flights.items() if decision < request.decision]
+        await asyncio.gather(*older, return_exceptions=True)  # another lane may be slower: recorded is in order
         try:
             episode.answered(request, reply)
-        except OSError as error:
+        except Exception as error:  # whatever it was, the file may hold half a record
             raise self._episodes.lose(episode, error) from error
         return reply
 
+    async def _submit(self, start: episode_pb2.EpisodeStart, request: policy_pb2.ActRequest, ticket: Ticket) -> None:
+        """Prepares a request and queues it, or refuses it."""
+        try:
+            with refusals_only():
+                decode = DecodeRequest(
+                    prepared=await self._crew.do(self._prepared, request),
+                    version=self._versions.live if start.follow_live else start.version,
+                    temperature=start.temperature,
+                    noise_correlation=start.noise_correlation,
+                    seed=start.seed,
+                    decision=request.decision,
+                )
+        except Refused as refused:
+            self._batcher.withdraw(ticket, refused)
+        else:
+            self._batcher.submit(ticket, decode)
+
     def _prepared(self, request: policy_pb2.ActRequest) -> Any:
+        check_ticks(request.executed, len(self._spec.action))
         return self._prepare(read_observation(request.observation, self._spec, field="observation"))
+
+    async def _end(self, episode: Episode, request: policy_pb2.EndEpisodeRequest) -> None:
+        """Looks at a request to end the episode, and begins to close it."""
+        await self._crew.do(self._check_end, request)
+        if not self._episodes.is_open(request.episode_id):
+            return
+        end = episode_pb2.EpisodeEnd(
+            outcome=request.outcome,
+            terminal=request.terminal,
+            final_observation=request.final_observation if request.HasField("final_observation") else None,
+            message=request.message,
+            ended_unix_ns=time.time_ns(),
+        )
+        self._begin_close(episode, end, list(request.executed))
 
     def _check_end(self, request: policy_pb2.EndEpisodeRequest) -> None:
         check_choice(request.outcome, episode_pb2.Outcome, "must say how the episode ended", field="outcome")
         check_ticks(request.executed, len(self._spec.action))
+        check_cameras(request.final_observation, field="final_observation")
         # An episode that ended in an error is taken whatever it saw last: the frame may be the error.
         if request.HasField("final_observation") and request.outcome != episode_pb2.OUTCOME_ERROR:
             read_observation(request.final_observation, self._spec, field="final_observation")
 
     def _begin_close(
-        self, episode: Episode, end: episode_pb2.EpisodeEnd, ticks: list[episode_pb2.Tick]
-    ) -> asyncio.Task[int]:
+        self,
+        episode: Episode,
+        end: episode_pb2.EpisodeEnd,
+        ticks: list[episode_pb2.Tick],
+        *,
+        by_server: bool = False,
+    ) -> asyncio.Task[None]:
         """Closes an episode, once: a closing under way goes on."""
 
-        async def close() -> int:
+        async def close() -> None:
             for flight in list(episode.flights.values()):
                 self._batcher.withdraw(flight.ticket, Superseded("superseded by the end of the episode"))
                 await asyncio.wait({flight.task})  # one that is in the model is still recorded
-            return await self._episodes.close(episode, end, ticks)
+            await self._episodes.close(episode, end, ticks, by_server=by_server)
 
         episode.closing = episode.closing or asyncio.create_task(close())
         return episode.closing
 
+    async def _stop(self, episode: Episode) -> None:
+        """Closes an episode as an error, unless its client was about to end it."""
+        under_way = [*episode.ends, *(flight.task for flight in episode.flights.values())]
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._close(episode, error="the server stopped")
+
     async def _close(self, episode: Episode, *, error: str) -> None:
         end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns())
-        with contextlib.suppress(Refused):  # a full disk: lose() has said so
-            await asyncio.shield(self._begin_close(episode, end, []))  # who waits may be cancelled, the closing not
+        closing = self._begin_close(episode, end, [], by_server=True)
+        with contextlib.suppress(Refused), refusals_only():  # whatever it is, the log says so, and the others go on
+            await asyncio.shield(closing)  # who waits may be cancelled, the closing not
 
     def _start_record(
         self, episode_id: str, request: policy_pb2.StartEpisodeRequest, rollout: rollout_pb2.Rollout | None
@@ -320,8 +369,9 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
 def _land(episode: Episode, decision: int, flight: Flight) -> None:
     if episode.flights.get(decision) is flight:
         del episode.flights[decision]
-    if not flight.task.cancelled():
-        flight.task.exception()  # seen: whoever still waits for it is told
+    refused = None if flight.task.cancelled() else flight.task.exception()  # seen: whoever still waits for it is told
+    if isinstance(refused, Refused):
+        bare(refused)  # the flight holds it, and it would hold the request
 
 
 def _chunk(answered: Answered, temperature: float, prepare_ms: float) -> episode_pb2.Chunk:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Literal
+from weakref import WeakSet
 
 from policy_server.errors import CannotStart, Overloaded, UnknownVersion
 from protos.episode_file import sync
@@ -75,8 +76,8 @@ class Swap:
 class Incoming:
     """Weights that are being received, in a folder of their own.  Raises OSError when the disk refuses."""
 
-    def __init__(self, folder: Path, kind: Kind, adapter_config: str):
-        self.folder = folder
+    def __init__(self, folder: Path, kind: Kind, size: int, adapter_config: str):
+        self.folder, self.size = folder, size
         self.kind: Kind = kind
         self.bytes = 0
         self._sha256 = hashlib.sha256()
@@ -100,7 +101,9 @@ class Incoming:
 
     def discard(self) -> None:
         """Drops what is there; does nothing after a commit."""
-        self._file.close()
+        self.size = self.bytes  # no more is to come
+        with contextlib.suppress(OSError):  # what could not be written
+            self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -117,6 +120,7 @@ class VersionStore:
         self._scratch = folder is None
         self._folder = folder or Path(mkdtemp(prefix="versions-"))
         self._reserve_bytes = reserve_bytes
+        self._coming = WeakSet[Incoming]()
         self._writing = threading.Lock()
         self.live = self._last = FIRST_VERSION
         self.swaps: Sequence[Swap] = ()
@@ -146,14 +150,16 @@ class VersionStore:
 
     def receive(self, kind: Kind, size: int, adapter_config: str = "") -> Incoming:
         """A place for `size` bytes of weights.  Raises Overloaded when the disk has none."""
-        free = shutil.disk_usage(self._folder).free
-        if free - size < self._reserve_bytes:
+        free, to_come = shutil.disk_usage(self._folder).free, size + sum(one.size - one.bytes for one in self._coming)
+        if free - to_come < self._reserve_bytes:
             raise Overloaded(
-                f"the version store is full: {free >> 20} MiB free, {size >> 20} MiB to come and"
+                f"the version store is full: {free >> 20} MiB free, {to_come >> 20} MiB to come and"
                 f" {self._reserve_bytes >> 20} MiB in reserve",
                 retry_after_ms=FULL_DISK_RETRY_MS,
             )
-        return Incoming(self._folder / f"{INCOMING}{secrets.token_hex(4)}", kind, adapter_config)
+        incoming = Incoming(self._folder / f"{INCOMING}{secrets.token_hex(4)}", kind, size, adapter_config)
+        self._coming.add(incoming)
+        return incoming
 
     def commit(self, incoming: Incoming, *, parent: int, note: str, device_fingerprint: str) -> Version:
         """Gives received weights their number; after this they survive a power cut.  Raises OSError."""

@@ -13,15 +13,20 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from policy_server.errors import BadRequest, CannotStart, InternalFault, UnknownVersion
+from policy_server.errors import BadRequest, CannotStart, InternalFault, Overloaded, Unavailable, UnknownVersion
+from policy_server.refusals import ASLEEP, RETRY_SOON_MS
 from policy_server.version_store import FIRST_VERSION, Incoming, Kind, Version, VersionStore
 
 log = logging.getLogger(__name__)
 
 RECENT = 2
 """How many whole models are held though neither live nor of an open episode."""
+MOST_MODELS = 8
+"""So many whole models, besides the first, may be in use at once before another must wait."""
+CROWDED_RETRY_MS = 5_000
 DEFAULT_ADAPTER_SLOTS = 16
 
+T = TypeVar("T")
 Weights = TypeVar("Weights")
 Build = Callable[[Path, Kind], tuple[Weights, str]]
 """The weights in a folder as the model wants them, and the fingerprint of their tensors.  Raises BadRequest."""
@@ -50,6 +55,7 @@ class Versions(Generic[Weights]):
         self._spare: dict[Kind, int] = {"full": RECENT, "lora": adapter_slots}
         self._building = threading.RLock()
         self._changing = threading.Lock()
+        self._asleep = False
 
     @property
     def live(self) -> int:
@@ -69,16 +75,42 @@ class Versions(Generic[Weights]):
             return version
         raise UnknownVersion(f"there is no version {version}; there are {_shortened(self.known)}", field=field)
 
+    def check_awake(self) -> None:
+        """Raises Unavailable while the weights sleep."""
+        if self._asleep:
+            raise Unavailable(ASLEEP, retry_after_ms=RETRY_SOON_MS)
+
+    def sleep(self, lie_down: Callable[[], T]) -> T:
+        """Does it while nothing is built; from then on there are no weights."""
+        with self._building:
+            slept = lie_down()
+            self._asleep = True
+        return slept
+
+    def wake(self, get_up: Callable[[], object]) -> None:
+        """Does it, and there are weights again."""
+        with self._building:
+            get_up()
+            self._asleep = False
+
     def weights(self, version: int) -> Weights:
-        """Built first where it is not held.  Raises UnknownVersion, and InternalFault when its folder is damaged."""
+        """Built first where it is not held.
+
+        Raises UnknownVersion, InternalFault when its folder is damaged, Unavailable while the weights sleep, and
+        Overloaded when the device has no room, or MOST_MODELS whole models are in use.
+        """
+        self.check_awake()
         with self._changing:
             if version in self._held:
                 self._held.move_to_end(version)
                 return self._held[version]
         self.check(version)
         with self._building:
+            self.check_awake()
             if self.holds(version):  # somebody else has built it meanwhile
                 return self._held[version]
+            if self._kind(version) == "full" and (used := self._models_in_use()) >= MOST_MODELS:
+                raise Overloaded(f"{used} whole models are in use, the most", retry_after_ms=CROWDED_RETRY_MS)
             weights = self._rebuilt(version)
             self._hold(version, weights)
         return weights
@@ -91,9 +123,14 @@ class Versions(Generic[Weights]):
             raise CannotStart(f"the live version cannot be served: {error}") from error
 
     def publish(self, incoming: Incoming, *, parent: int, note: str, set_live: bool) -> Version:
-        """A new version of weights that have arrived.  Raises BadRequest and OSError, and then has changed nothing."""
+        """A new version of weights that have arrived.
+
+        Raises BadRequest, Overloaded, Unavailable while the weights sleep, and OSError, and then has changed nothing;
+        but where making it live is what failed, it is published.
+        """
         assert self._store is not None and self._build is not None
         with self._building:
+            self.check_awake()
             weights, fingerprint = self._build(incoming.folder, incoming.kind)
             version = self._store.commit(incoming, parent=parent, note=note, device_fingerprint=fingerprint)
             self._hold(version.version, weights)
@@ -102,7 +139,7 @@ class Versions(Generic[Weights]):
         return version
 
     def set_live(self, version: int) -> int:
-        """Makes a version live and gives the one before.  Raises UnknownVersion, InternalFault, OSError."""
+        """Makes a version live and gives the one before.  Raises as weights() does, and OSError."""
         with self._building:
             self.weights(version)
             previous = self._store.set_live(version) if self._store is not None else FIRST_VERSION
@@ -133,6 +170,11 @@ class Versions(Generic[Weights]):
                 spare = [v for v in self._held if v not in needed and self._kind(v) == kind]  # longest unused first
                 for version in spare[: max(0, len(spare) - slots)]:
                     del self._held[version]
+
+    def _models_in_use(self) -> int:
+        """Whole models that are live, or of open episodes."""
+        needed = {self.live, *self._pinned()}
+        return sum(self._kind(version) == "full" for version in self._held if version in needed)
 
     def _kind(self, version: int) -> Kind | None:
         record = self._store.find(version) if self._store is not None else None

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from policy_server.batcher import DecodeAnswer, DecodeRequest
-from policy_server.errors import BadRequest
+from policy_server.errors import BadRequest, CannotStart, Overloaded, Unavailable
 from policy_server.observation import Observed
 from policy_server.preparer import Preparer
+from policy_server.refusals import ASLEEP, RETRY_SOON_MS
 from policy_server.version_store import Kind
 from policy_server.vla.adapters import Adapter, Adapters
+from policy_server.vla.asleep import Asleep
 from policy_server.vla.checkpoint import CheckpointError, weights_fingerprint
 from policy_server.vla.derived import beside_decoding, with_tensors
-from policy_server.vla.graphs import PassGraphs
+from policy_server.vla.graphs import PassGraphs, graph_pool
 from policy_server.vla.model import VLA
 from policy_server.vla.passes import DecodeInput, PassShape
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import RESIZE_FILTER, Prepared
+from policy_server.vla.quantized import plain_parts
 from policy_server.vla.scoring import score
 from protos import policy_pb2
 from protos.codec import encode_tensor
+
+log = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_NAMES_BYTES = 2**20
 GRAPH_PROMPT_TOKENS = 64
 """Longer prompts are decoded without captured passes."""
+NO_ROOM = "the device has no room for the model: a smaller --max-batch, or --weights int8, takes less"
+NO_ROOM_RETRY_MS = 5_000
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 """OpenVLA's seven; an action of another length is numbered."""
 STATE_UNITS = {"eef_x": "m", "eef_y": "m", "eef_z": "m", "eef_ax": "rad", "eef_ay": "rad", "eef_az": "rad"}
@@ -50,6 +60,14 @@ class Weights:
         """What adapters of one pass must have in common; "" without one."""
         return self.adapter.layout.name if self.adapter is not None else ""
 
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that lies on the device, some of it shared with other weights."""
+        for tensor in (*self.vla.parameters(), *self.vla.buffers()):
+            yield from plain_parts(tensor)
+        if self.adapter is not None:
+            yield self.adapter.flat
+
 
 class VlaModel:
     """A loaded policy, the base of all weights.  `name` is what GetSpec calls it.
@@ -66,6 +84,9 @@ class VlaModel:
         self._adapters = Adapters(policy.model)
         self._passing = threading.Lock()
         self._graphs: MutableMapping[VLA, PassGraphs] = weakref.WeakKeyDictionary()
+        self._pool = graph_pool(policy.model.device)
+        self._built = weakref.WeakSet[Weights]()
+        self._asleep: Asleep | None = None
         self.first = Weights(vla=policy.model, adapter=adapter and self._adapters.load(adapter))
         self.spec = _spec(policy, name)
         self.prepare = Preparer(preprocessor=policy.preprocessor, camera=policy.config.camera)
@@ -88,7 +109,7 @@ class VlaModel:
             for request, own in zip(requests, weights, strict=True)
         ]
         vla = weights[0].vla
-        with self._passing:
+        with self._one_pass():
             decoded = self._policy.decode(inputs, model=vla, graphs=self._graphs.get(vla))
         actions_BKA = self._policy.actions(decoded.token_ids_BN)
         return [
@@ -108,7 +129,7 @@ class VlaModel:
     def score(
         self, prepared: Sequence[Prepared], token_ids_BN: np.ndarray, temperature: float, weights: Weights
     ) -> np.ndarray:
-        with self._passing:
+        with self._one_pass():
             return score(weights.vla, prepared, token_ids_BN, temperature, adapter=weights.adapter)
 
     def fingerprint(self, weights: Weights) -> str:
@@ -127,16 +148,67 @@ class VlaModel:
                 weights = Weights(vla=base, adapter=self._adapters.load(folder))
             else:
                 weights = Weights(vla=with_tensors(base, folder))
+            self._capture(weights)
         except CheckpointError as error:
-            raise BadRequest(str(error).removeprefix(f"{folder}: "), field="data") from error
-        self._capture(weights)
+            said = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
+            raise BadRequest(said, field="data") from error
+        except torch.OutOfMemoryError as error:
+            raise Overloaded("the device has no room for more weights", retry_after_ms=NO_ROOM_RETRY_MS) from error
+        self._built.add(weights)
         return weights
 
     def warm_up(self) -> None:
-        self._capture(self.first)
-        request = self._example()
-        for batch in (1, self._max_batch):
-            self.decode([request] * batch, [self.first] * batch)
+        try:
+            self._capture(self.first)
+            request = self._example()
+            for batch in (1, self._max_batch):
+                self.decode([request] * batch, [self.first] * batch)
+        except torch.OutOfMemoryError as error:
+            raise CannotStart(NO_ROOM) from error
+
+    def watch(self, gone: Callable[[], object]) -> None:
+        """It is lost with this process only."""
+
+    def sleep(self) -> int:
+        with self._passing:
+            if self._asleep is None:
+                asleep = Asleep(tensor for weights in (self.first, *self._built) for tensor in weights.tensors)
+                self._asleep = asleep
+                self._lie_down(asleep)
+            return self._asleep.bytes
+
+    def wake(self) -> None:
+        with self._passing:
+            asleep = self._asleep
+            if asleep is None:
+                return
+            try:
+                asleep.get_up()
+                for weights in (self.first, *self._built):
+                    self._capture(weights)
+                self._asleep = None
+                return
+            except Exception:  # CUDA says in many ways that there is no room
+                log.exception("the weights cannot be woken")
+            # Out there, what has failed no longer holds its part of the device.
+            self._lie_down(asleep)
+        raise Overloaded(
+            "the device has no room for the weights, or cannot be used: the server's log says why",
+            retry_after_ms=NO_ROOM_RETRY_MS,
+        )
+
+    def _lie_down(self, asleep: Asleep) -> None:
+        self._graphs.clear()
+        self._adapters.forget()
+        asleep.lie_down()
+
+    @contextmanager
+    def _one_pass(self) -> Iterator[None]:
+        """One at a time.  Raises Unavailable while there is nothing to compute with."""
+        with self._passing:
+            if self._asleep is not None:
+                raise Unavailable(ASLEEP, retry_after_ms=RETRY_SOON_MS)
+            yield
 
     def _capture(self, weights: Weights) -> None:
         """On CUDA, the passes with these weights."""
@@ -146,7 +218,7 @@ class VlaModel:
         if vla not in self._graphs:
             example = DecodeInput(prepared=self._example().prepared, temperature=1.0)
             deterministic = self._policy.shape is not None
-            self._graphs[vla] = PassGraphs(vla, self._shapes(), example, row_by_row=deterministic)
+            self._graphs[vla] = PassGraphs(vla, self._shapes(), example, pool=self._pool, row_by_row=deterministic)
         if weights.adapter is not None:
             self._graphs[vla].admit(weights.adapter)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -59,6 +60,7 @@ class Watch:
         self._episodes, self._store = episodes, store
         self._versions, self._version_store = versions, version_store
         self._samples: deque[list[float | None]] = deque(maxlen=SAMPLES)
+        self._server = secrets.token_hex(4)
         self._started_s = time.monotonic()
 
     async def sample(self) -> None:
@@ -84,10 +86,12 @@ class Watch:
     def state(self) -> dict[str, Any]:
         """Everything about now, and the last minutes.
 
+        server: another word for another one, and for the same one started anew.
         samples: [wall clock in seconds, queue depth, requests of a pass or None, answers a second], oldest first.
         """
         swaps = self._version_store.swaps if self._version_store is not None else ()
         return {
+            "server": self._server,
             "model": self._model,
             "trouble": self.trouble,
             "uptime_s": time.monotonic() - self._started_s,
@@ -119,14 +123,13 @@ class Watch:
         """The stored episodes, newest first; one that cannot be read says why in `damaged`."""
         return [_described(stored) for stored in self._store.latest(RECENT)] if self._store is not None else []
 
-    def stored_frame(self, sequence: int, index: int) -> bytes:
+    def stored_frame(self, episode_id: str, index: int) -> bytes:
         """What a stored episode's decision `index` saw, as JPEG; after the last one, its final observation.
 
         Raises LookupError where there is none, DamagedEpisode, and OSError when it has been deleted meanwhile.
         """
-        stored = self._store.get(sequence) if self._store is not None else None
-        if stored is None:
-            raise LookupError(sequence)
+        if self._store is None or (stored := self._store.find(episode_id)) is None:
+            raise LookupError(episode_id)
         episode = _reader(stored)
         if index == len(episode):
             return self._jpeg(episode.end.final_observation)

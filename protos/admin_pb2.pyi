@@ -20,6 +20,7 @@ class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SERVER_STATE_WARMING: _ClassVar[ServerState]
     SERVER_STATE_SERVING: _ClassVar[ServerState]
     SERVER_STATE_DRAINING: _ClassVar[ServerState]
+    SERVER_STATE_ASLEEP: _ClassVar[ServerState]
 WEIGHTS_KIND_UNSPECIFIED: WeightsKind
 WEIGHTS_KIND_FULL: WeightsKind
 WEIGHTS_KIND_LORA: WeightsKind
@@ -27,6 +28,7 @@ SERVER_STATE_UNSPECIFIED: ServerState
 SERVER_STATE_WARMING: ServerState
 SERVER_STATE_SERVING: ServerState
 SERVER_STATE_DRAINING: ServerState
+SERVER_STATE_ASLEEP: ServerState
 
 class WeightsHeader(_message.Message):
     __slots__ = ("kind", "base_fingerprint", "parent", "sha256", "bytes", "adapter_config", "note", "set_live")
@@ -171,3 +173,23 @@ class DrainReply(_message.Message):
     OPEN_EPISODES_FIELD_NUMBER: _ClassVar[int]
     open_episodes: int
     def __init__(self, open_episodes: _Optional[int] = ...) -> None: ...
+
+class SleepRequest(_message.Message):
+    __slots__ = ("within_s",)
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    within_s: float
+    def __init__(self, within_s: _Optional[float] = ...) -> None: ...
+
+class SleepReply(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class WakeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WakeReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

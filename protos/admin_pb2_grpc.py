@@ -44,6 +44,16 @@ class AdminStub(object):
                 request_serializer=protos_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.DrainReply.FromString,
                 )
+        self.Sleep = channel.unary_unary(
+                '/vla_rl.Admin/Sleep',
+                request_serializer=protos_dot_admin__pb2.SleepRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.SleepReply.FromString,
+                )
+        self.Wake = channel.unary_unary(
+                '/vla_rl.Admin/Wake',
+                request_serializer=protos_dot_admin__pb2.WakeRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.WakeReply.FromString,
+                )
 
 
 class AdminServicer(object):
@@ -92,6 +102,23 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Sleep(self, request, context):
+        """Takes all weights off the device until Wake, so that a learner may have it: they wait in host memory.  From this moment
+        on new episodes are refused and rollouts wait; once those at work have ended, decisions and weights are refused too
+        (UNAVAILABLE, and NOT_SERVING to health probes).  RESOURCE_EXHAUSTED, and it serves on, when they do not end in time.
+        A server that sleeps sleeps on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Returns when it serves again.  RESOURCE_EXHAUSTED where the device has no room for the weights: it sleeps on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +151,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.DrainReply.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=protos_dot_admin__pb2.SleepRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.SleepReply.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=protos_dot_admin__pb2.WakeRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.WakeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -234,5 +271,39 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/Drain',
             protos_dot_admin__pb2.DrainRequest.SerializeToString,
             protos_dot_admin__pb2.DrainReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/Sleep',
+            protos_dot_admin__pb2.SleepRequest.SerializeToString,
+            protos_dot_admin__pb2.SleepReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/vla_rl.Admin/Wake',
+            protos_dot_admin__pb2.WakeRequest.SerializeToString,
+            protos_dot_admin__pb2.WakeReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

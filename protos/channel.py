@@ -146,6 +146,11 @@ def endpoint(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def address_of(host: str, port: int) -> str:
+    """`HOST:PORT`, with brackets round an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether what is sent there stays on this machine, whoever answers for names."""
     try:

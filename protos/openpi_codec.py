@@ -19,8 +19,8 @@ import numpy as np
 from protos.codec import CodecError
 
 DEFAULT_OPENPI_PORT = 8000
-MAX_ENTRIES, MAX_CONTAINERS, MAX_DEPTH, MAX_AXES = 4096, 1024, 8, 8
-"""Of one list or dict; lists and dicts in one message; dicts in dicts; axes of an array."""
+MAX_ENTRIES, MAX_CONTAINERS, MAX_DEPTH, MAX_AXES, MAX_KEY = 4096, 1024, 8, 8, 100
+"""Of one list or dict; lists and dicts in one message; dicts in dicts; axes of an array; characters of a key."""
 DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")}
 DTYPES |= {np.dtype(name).str: np.dtype(name) for name in ("f2", "f4", "f8")}
 
@@ -43,8 +43,8 @@ def libero_gripper(opening: np.ndarray) -> np.ndarray:
 
 
 def gripper_opening(libero: np.ndarray) -> np.ndarray:
-    """The opening, 1 to 0, for LIBERO's -1 to 1."""
-    return (1 - libero) / 2
+    """The opening, 1 to 0, for LIBERO's -1 to 1; what lies beyond, as regressed numbers do, is clipped."""
+    return np.clip((1 - libero) / 2, 0, 1)
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -88,8 +88,9 @@ class _Count:
 
 def _flatten(message: dict, path: str, depth: int, flat: dict[str, Any]) -> None:
     for key, value in message.items():
-        if not isinstance(key, str):
-            raise CodecError(path or "message", f"keys must be text, got {key!r:.80}")
+        if not (isinstance(key, str) and len(key) <= MAX_KEY and key.isprintable()):
+            expected = f"printable text of at most {MAX_KEY} characters"
+            raise CodecError(path or "message", f"keys must be {expected}, got {key!r:.80}")
         where = f"{path}/{key}" if path else key
         if not isinstance(value, dict):
             _put(flat, where, value)
@@ -117,7 +118,10 @@ def _array(said: dict, where: str) -> np.ndarray:
     if not isinstance(data, bytes) or len(data) != expected:
         got = len(data) if isinstance(data, bytes) else type(data).__name__
         raise CodecError(where, f"data must be {expected} bytes for {dtype.name}{tuple(shape)}, got {got}")
-    return np.ndarray(shape, dtype, buffer=data)
+    try:
+        return np.ndarray(shape, dtype, buffer=data)
+    except (ValueError, OverflowError):  # without elements, but with extents beyond what numpy counts to
+        raise CodecError(where, f"shape must be a possible one, got {shape!r:.80}") from None
 
 
 def _number(said: dict, where: str) -> np.generic:

@@ -102,7 +102,8 @@ class RolloutsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamEpisodes(self, request, context):
-        """Trainer: every finished episode after a cursor, in the order they were finished, record by record.
+        """Trainer: every finished episode after a cursor, in the order they were finished, record by record.  Ends as
+        DEADLINE_EXCEEDED when a part is not read within 30 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

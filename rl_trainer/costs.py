@@ -32,8 +32,8 @@ SERVED = 1.08
 """Over decoding alone, of a decision that comes by network and is stored (benchmarks/FIGURES.md)."""
 ASKED = 1.12
 """Over ticks and frames alone, of a decision that a simulator asks for: safety gate, records, network; seen in runs."""
-HELD_VERSIONS = 5
-"""Models in the server's memory: the first, the live one, two used lately, and the next being built."""
+HELD_MODELS, HELD_ADAPTERS = 4, 18
+"""Versions in the server's memory besides the first: the live one, those used lately, and the next being built."""
 MASTER_BYTES = 16
 """Of a trained number: float32 master, gradient, two moments of Adam."""
 STATE_BYTES = 12
@@ -278,8 +278,9 @@ def learner_bytes(shapes: Shapes, *, reference: bool, averaged: bool = False) ->
 
 
 def server_bytes(shapes: Shapes, *, width: int) -> int:
-    """Of a server that computes in numbers of so many bytes."""
-    return HELD_VERSIONS * shapes.numbers * width
+    """Of a server that computes in numbers of so many bytes: the model, and what further versions have of their own."""
+    further = HELD_ADAPTERS if shapes.frozen == shapes.numbers else HELD_MODELS
+    return (shapes.numbers + further * shapes.trained) * width
 
 
 def decision_bytes(config: VLAConfig) -> int:

@@ -204,7 +204,7 @@ def _notes(machine: Machine, visible: str | None, devices: Sequence[Device], lea
         return ["no GPU was found: everything runs on the CPU"]
     if not devices:
         return [f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {len(machine.gpus)} GPUs: everything runs on the CPU"]
-    return [f"learner and server share {learner}"] if learner and len(devices) == 1 else []
+    return [f"learner and server share {learner}: --server-sleeps makes room"] if learner and len(devices) == 1 else []
 
 
 def _scenes(memory_gb: float, processes: int, scene_gb: float) -> tuple[int, int]:

@@ -151,6 +151,8 @@ class Needs:
         reference = self._config.learner.loss.reference_weight > 0
         learning = learner_bytes(self._shapes, reference=reference, averaged=self._averaged)
         serving = server_bytes(self._shapes, width=4 if server.memory_gb is None else 2)
+        if self._config.server_sleeps and server.memory_gb is not None:
+            serving = max(0, serving - self._shapes.saved_bytes)  # activations are gone when it wakes
         held = batch_bytes(self._model, self._schedule.decisions)
         where, there_gb = self._memory_of(learner.device, learner.memory_gb)
         serves, room_gb = self._memory_of(server.device, server.memory_gb)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from policy_server.vla.checkpoint import DTYPES, weights_fingerprint
@@ -165,6 +167,22 @@ class Publisher:
                 f" {gap:.2g} on a probe batch, at most {self._tolerance:.2g} is rounding"
             )
         return Proof(version=version, fingerprint=ours, gap=gap, tolerance=self._tolerance)
+
+    @contextmanager
+    def server_asleep(self) -> Iterator[None]:
+        """The server's weights are off its device while the block lasts, once the episodes at work have ended."""
+        request = admin_pb2.SleepRequest(within_s=self._patience_s)
+        self._call(lambda: self._admin.Sleep(request, timeout=self._patience_s + PUBLISH_S))
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # room for the weights that come back
+            self.wake_server()
+
+    def wake_server(self) -> None:
+        """Returns when it serves; one that is awake stays so."""
+        self._call(lambda: self._admin.Wake(admin_pb2.WakeRequest(), timeout=PUBLISH_S))
 
     def close(self) -> None:
         for channel in self._channels:

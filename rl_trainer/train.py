@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
@@ -195,6 +195,8 @@ class Run:
         """Iterates until the budget is spent."""
         config = self.config
         self._tell(lambda o: o.on_start(self.instructions, self.curve.rows, self.seconds))
+        if config.server_sleeps:
+            self.publisher.wake_server()  # whoever was killed while it slept has not
         self.publisher.begin(self.state.version)
         self._save()  # the run has its name on disk before anything is asked for in it
         self._measure()
@@ -221,8 +223,9 @@ class Run:
         # GRPO and RLOO add up a trajectory's rewards without a discount.
         gamma = self.config.learner.gamma if self.config.learner.advantage == "gae" else 1.0
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
-        self.learner.ranks.share((trajectories, rewards))
-        metrics = self.learner.update(trajectories, rewards, version=self.state.version)
+        with self.publisher.server_asleep() if self.config.server_sleeps else nullcontext():
+            self.learner.ranks.share((trajectories, rewards))
+            metrics = self.learner.update(trajectories, rewards, version=self.state.version)
         learned_s = self.seconds
         self._tell(lambda o: o.on_phase("publish"))
         ages = [self.state.age(version) for trajectory in trajectories for version in trajectory.version_T]

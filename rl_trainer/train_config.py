@@ -79,6 +79,8 @@ class TrainConfig:
     """training episodes are drawn with simplified meshes, in a third of the time; evaluations never are"""
     deterministic: bool = False
     """the server's answers do not depend on what shares their pass; with no overlap, a run can be repeated"""
+    server_sleeps: bool = False
+    """the server's weights leave its device while this run learns: for one GPU that both share"""
     ranks: int = 1
     """data-parallel processes of the learner"""
     threads: int = 1
@@ -110,6 +112,8 @@ class TrainConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 <= self.noise_correlation < 1:
             raise ValueError(f"noise_correlation must be in [0, 1), got {self.noise_correlation}")
+        if self.server_sleeps and self.overlap:
+            raise ValueError("a server that sleeps while the run learns can collect nothing then: leave out overlap")
         if bool(self.server) != bool(self.admin):
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
         if not self.server and (self.credentials != Credentials() or self.admin_token_file is not None):

@@ -6,7 +6,7 @@
 After the question mark is said what is different from what is taken for granted (robot_client/openpi_dialect.py):
 camera, state or prompt = its key in an observation, nothing for what the policy does not read; and gripper = libero or
 policy (protos/openpi_codec.py).  How many actions an answer has, where the server does not tell, is found out by asking
-once, about a black picture.
+once, about a black picture.  A policy that takes another's place in an episode is a bad answer.
 
 There are no tokens, log-probabilities or sampling, nothing is stored, and the version is 0.
 """
@@ -106,9 +106,8 @@ class OpenpiClient:
         self._loop.close()
 
     def spec(self) -> PolicySpec:
-        """What the server says about its policy, or what is taken for granted; found out once."""
-        if self._dialect is None:
-            self._dialect = self._persist(self._get_acquainted)
+        """What the server says about its policy now, or what is taken for granted."""
+        self._dialect = self._persist(self._get_acquainted)
         return self._dialect.spec
 
     def start_episode(self, rollout: Rollout, arm: ArmSpec) -> Opened:
@@ -116,7 +115,9 @@ class OpenpiClient:
         for name in ("version", "temperature", "noise_correlation", "lease_id"):
             if asked := getattr(rollout, name):
                 raise BadRequest(f"openpi's protocol has no place for it, got {asked!r}", field=name)
-        connection = self._connection()
+        if self._dialect is None:
+            self.spec()
+        connection = self._connection(self._dialect)
         self._persist(lambda: connection.open(self.deadline_s))
         episode_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
         self._episodes[episode_id] = connection
@@ -152,7 +153,9 @@ class OpenpiClient:
     async def _get_acquainted(self) -> Dialect:
         connection = self._connection()
         try:
-            dialect = Dialect.of(await connection.open(self.deadline_s), self._given)
+            dialect = await connection.open(self.deadline_s)
+            if self._dialect is not None and self._dialect.agrees_with(dialect):
+                return self._dialect
             if dialect.spec.chunk_length:
                 return dialect
             # The first answer may take long: a server may compile its model for it.
@@ -161,8 +164,8 @@ class OpenpiClient:
             await connection.close()
 
     async def _answer(self, episode_id: str, decision: int, observation: Observation, deadline_s: float) -> Answer:
-        connection, dialect = self._episodes.get(episode_id), self._dialect
-        if connection is None or dialect is None:
+        connection = self._episodes.get(episode_id)
+        if connection is None or (dialect := connection.dialect) is None:
             raise BadRequest(f"there is no episode {episode_id!r}", field="episode_id")
         return Answer(
             decision=decision,
@@ -176,8 +179,8 @@ class OpenpiClient:
             arrived_s=time.monotonic(),
         )
 
-    def _connection(self) -> Connection:
-        return Connection(self.address, token=self._token, tls=self._tls)
+    def _connection(self, dialect: Dialect | None = None) -> Connection:
+        return Connection(self.address, token=self._token, tls=self._tls, given=self._given, dialect=dialect)
 
     def _leave(self, episode_id: str) -> None:
         if (connection := self._episodes.pop(episode_id, None)) is not None:
@@ -200,10 +203,21 @@ class Connection:
     """One websocket, opened again when it is lost.  Every method may raise a PolicyError.
 
     One question at a time: nothing in an answer tells what it answers, and so whoever stops waiting ends the websocket.
+    dialect: how to speak to the server, known from before or once it is open; one that answers in its place may state
+    no other.  given: as in Dialect.of().
     """
 
-    def __init__(self, address: str, *, token: str, tls: ssl.SSLContext | None):
-        self._address = address
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        tls: ssl.SSLContext | None,
+        given: Mapping[str, str],
+        dialect: Dialect | None = None,
+    ):
+        self.dialect = dialect
+        self._address, self._given = address, given
         self._uri = f"{'wss' if tls else 'ws'}://{address}"
         self._tls = tls
         self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
@@ -211,8 +225,8 @@ class Connection:
         self._socket: ClientConnection | None = None
         self._is_closed = False
 
-    async def open(self, deadline_s: float) -> dict[str, Any]:
-        """The metadata, which is what a server says first."""
+    async def open(self, deadline_s: float) -> Dialect:
+        """By what the server says first."""
         return await self._in_time(self._open(), deadline_s)
 
     async def infer(self, observation: Mapping[str, Any], deadline_s: float) -> dict[str, Any]:
@@ -230,7 +244,7 @@ class Connection:
         except asyncio.TimeoutError:
             raise DeadlineExceeded(f"{self._address}: no answer in {deadline_s:g} s") from None
 
-    async def _open(self) -> dict[str, Any]:
+    async def _open(self) -> Dialect:
         with self._typed_errors():
             self._socket = await connect(
                 self._uri,
@@ -242,7 +256,15 @@ class Connection:
                 ping_interval=None,  # openpi's server is deaf while it computes: deadlines judge it
                 close_timeout=CLOSE_S,
             )
-        return understood(await self._exchange(None))
+        try:
+            stated = Dialect.of(understood(await self._exchange(None)), self._given)
+            if self.dialect is not None and not self.dialect.agrees_with(stated):
+                raise BadAnswer("another policy answers now", field="metadata")
+        except PolicyError:
+            self._drop()
+            raise
+        self.dialect = self.dialect or stated
+        return self.dialect
 
     async def _infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         async with self._turn:
@@ -261,9 +283,13 @@ class Connection:
                     await self._socket.send(message)
                 return await self._socket.recv()
         except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._socket is not None:
             self._socket.transport.abort()
             self._socket = None
-            raise
 
     @contextlib.contextmanager
     def _typed_errors(self) -> Iterator[None]:

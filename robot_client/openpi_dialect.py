@@ -55,6 +55,10 @@ class Dialect:
             raise BadAnswer(f"must say where an observation has {missing}, got keys for {sorted(keys)}", field="keys")
         return cls(spec=spec, keys={what: keys[what] for what in reads}, gripper=gripper)
 
+    def agrees_with(self, other: Dialect) -> bool:
+        """Whether both servers state the same; how long a chunk is, some do not."""
+        return (self.spec.message, self.keys, self.gripper) == (other.spec.message, other.keys, other.gripper)
+
     def observation(self, seen: Observation) -> dict[str, Any]:
         """What travels."""
         values = {**seen.images, "state": seen.state_S.astype(np.float32), "prompt": seen.instruction}

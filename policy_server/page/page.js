@@ -218,13 +218,16 @@ function showSwaps(swaps) {
 
 // Stored episodes.  New ones are announced and not pushed in, so that nothing moves under the pointer.
 
-let listed = 0; // the newest episode in the list
+let answering = ""; // the server whose episodes are in the list
+let listed = 0; // the newest of them
 
-function showEpisodes({ stores_episodes, newest_episode }) {
-  if (newest_episode < listed) listed = 0; // another server answers
+function showEpisodes({ server, stores_episodes, newest_episode }) {
+  if (server !== answering) listed = 0;
+  answering = server;
   if (!stores_episodes) say(byId("no-episodes"), "This server keeps no episodes. With --episodes DIR it offers them here to play back.");
   else if (newest_episode === 0) say(byId("no-episodes"), "No episode has ended yet.");
   else if (listed === 0) loadEpisodes();
+  showTable();
   byId("newer").hidden = listed === 0 || newest_episode === listed;
   say(byId("newer"), `Show ${newest_episode - listed} newer`);
 }
@@ -234,9 +237,13 @@ async function loadEpisodes() {
   if (episodes.length === 0) return;
   listed = episodes[0].sequence;
   byId("newer").hidden = true;
-  byId("no-episodes").hidden = true;
-  byId("episode-table").hidden = false;
   byId("episode-rows").replaceChildren(...episodes.map(episodeRow));
+  showTable();
+}
+
+function showTable() {
+  byId("no-episodes").hidden = listed > 0;
+  byId("episode-table").hidden = listed === 0;
 }
 
 function episodeRow(episode) {
@@ -297,7 +304,7 @@ function facts(episode) {
   return Object.entries(rows).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]);
 }
 
-const frameUrl = (index) => `episodes/${player.episode.sequence}/frames/${index}`;
+const frameUrl = (index) => `episodes/${encodeURIComponent(player.episode.episode)}/frames/${index}`;
 
 function seek(index) {
   const last = player.episode.frames - 1;

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary, ref
 
 import torch
 
@@ -87,6 +88,14 @@ class Adapter:
         return fingerprint_of([*self.home.base_digests, *digests_A, *digests_B])
 
 
+Rows = list["ref[Adapter] | None"]
+"""Whose factors lie in each row of a batch, without keeping them."""
+
+
+def rows_of(adapters: Sequence[Adapter | None]) -> Rows:
+    return [adapter and ref(adapter) for adapter in adapters]
+
+
 class Adapters:
     """A base's passes with adapters.  The base, laid out for decoding, stays as it is and takes no more memory.
 
@@ -98,8 +107,8 @@ class Adapters:
         self._model = sharing(base, base.state_dict())
         self._model.language_model.fuse()
         self._products = _products(self._model)
-        self._layouts: dict[tuple[int, tuple[Site, ...]], FactorLayout] = {}
-        self._batch: tuple[list[Adapter | None], list[LowRank]] | None = None
+        self._layouts = WeakValueDictionary[tuple[int, tuple[Site, ...]], FactorLayout]()  # each goes with its adapters
+        self._batch: tuple[Rows, list[LowRank]] | None = None
 
     @functools.cached_property
     def base_digests(self) -> list[str]:
@@ -142,6 +151,10 @@ class Adapters:
         twin._set(layout, layout.views(flat))
         return twin._model
 
+    def forget(self) -> None:
+        """Lets go of the factors of the latest pass."""
+        self._batch = None
+
     def _set(self, layout: FactorLayout, factors: Sequence[LowRank]) -> None:
         for site, own in zip(layout.sites, factors, strict=True):
             self._products[site].low_rank = own
@@ -151,11 +164,11 @@ class Adapters:
         first = adapters[0]
         if first is not None and not row_by_row and all(adapter is first for adapter in adapters):
             return layout.views(first.flat)
-        if self._batch is None or self._batch[0] != adapters:  # robots that came together mostly do so again
+        if self._batch is None or self._batch[0] != rows_of(adapters):  # robots that came together mostly do so again
             some = next(adapter.flat for adapter in adapters if adapter is not None)
             none = torch.zeros_like(some)
             stacked = torch.stack([none if adapter is None else adapter.flat for adapter in adapters])
-            self._batch = adapters, layout.views(stacked)
+            self._batch = rows_of(adapters), layout.views(stacked)
         return self._batch[1]
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, N action tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,16 +40,18 @@ def decode(
 
     With a shape, rows and prompts are padded to it.  graphs: captured passes of this model, used where one fits.
     """
-    requests, laps = padded(inputs, shape), Laps(vla.device)
-    answers = graphs.run(requests, laps) if graphs is not None else None
-    if answers is None:
-        with adapted(vla, [one.adapter for one in requests], row_by_row=shape is not None) as model:
-            batch = Batch.of(model.config, requests, prompt_length=shape and shape.prompt_length)
-            one = Pass(model, batch.to(vla.device))
-            laps.run(one.phases)
-            answers = one.answers
-    columns_BN, logprobs_BN = (tensor.cpu()[: len(inputs)] for tensor in answers)
-    vision_s, prefill_s, decode_s = laps.seconds()
+    requests = padded(inputs, shape)
+    with torch.cuda.device(vla.device) if vla.device.type == "cuda" else nullcontext():
+        laps = Laps(vla.device)
+        answers = graphs.run(requests, laps) if graphs is not None else None
+        if answers is None:
+            with adapted(vla, [one.adapter for one in requests], row_by_row=shape is not None) as model:
+                batch = Batch.of(model.config, requests, prompt_length=shape and shape.prompt_length)
+                one = Pass(model, batch.to(vla.device))
+                laps.run(one.phases)
+                answers = one.answers
+        columns_BN, logprobs_BN = (tensor.cpu()[: len(inputs)] for tensor in answers)
+        vision_s, prefill_s, decode_s = laps.seconds()
     return Decoded(
         token_ids_BN=(columns_BN + vla.config.action_begin).numpy().astype(np.int32),
         token_logprobs_BN=logprobs_BN.numpy(),

@@ -60,7 +60,10 @@ def as_served(model: VLA, dtype: str) -> VLA:
 
 @contextmanager
 def beside_decoding(device: torch.device) -> Iterator[None]:
-    """On CUDA the block's work goes beside the passes under way, not before them, and is done when the block ends."""
+    """On CUDA the block's work goes beside the passes under way, not before them, and is done when the block ends.
+
+    So does a capture: whatever device the thread computes on otherwise, in the block it is this one.
+    """
     if device.type != "cuda":
         yield
         return
@@ -81,6 +84,7 @@ def sharing(base: VLA, tensors: Mapping[str, torch.Tensor]) -> VLA:
     with torch.device("meta"):
         model = VLA(base.config)
     model.load_state_dict(tensors, assign=True)
+    model.pixel_mean, model.pixel_std = base.pixel_mean, base.pixel_std
     return model.to(base.device).eval().requires_grad_(False)
 
 

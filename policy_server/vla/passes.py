@@ -107,7 +107,11 @@ class Pass:
     def __init__(self, vla: VLA, batch: Batch):
         self._vla, self._decoder, self._batch = vla, vla.language_model.model, batch
         self._slots = batch.prompts.input_ids_BL.shape[1] + vla.config.num_context_tokens
-        self.phases: Sequence[Callable[[], None]] = (self._see, self._prefill, self._write)
+
+    @property
+    def phases(self) -> Sequence[Callable[[], None]]:
+        # Made anew: if the pass kept them, it would keep itself, and its caches, beyond its use.
+        return self._see, self._prefill, self._write
 
     def _see(self) -> None:
         self._context_BCD = self._vla.context(self._batch.prompts)

@@ -78,11 +78,11 @@ def _four_bits(device: torch.device, dtype: torch.dtype) -> AOBaseConfig:
 
 def stored_bytes(module: nn.Module) -> int:
     """What the parameters take in memory."""
-    return sum(part.nbytes for parameter in module.parameters() for part in _parts(parameter))
+    return sum(part.nbytes for parameter in module.parameters() for part in plain_parts(parameter))
 
 
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a quantised one is made of."""
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a quantised one is made of; of a plain one, itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from policy_server.access import Access, Guard
-from protos.channel import Credentials
+from protos.channel import Credentials, free_port
 from robot_client import errors
 from robot_client.__main__ import main
 from robot_client.arm import ACTION_NAMES, Observation
@@ -188,6 +188,14 @@ def test_an_answer_that_says_nothing_of_a_chunk_is_refused_before_anything_moves
         client.spec()
 
 
+def test_a_gripper_that_is_regressed_a_little_beyond_its_ends_opens_and_closes(client, policy):
+    client.spec()
+    policy.script = [{"actions": actions(0) * 1.05}, {"actions": actions(0) * -1.05}]
+    (result,) = run_lockstep([arm := FakeArm(ARM)], [rollout_of(max_ticks=2 * K)], client)
+    assert (result.outcome, result.holds, result.clips) == ("failure", 0, 0)
+    assert [action_A[6] for action_A in arm.applied] == [1] * K + [0] * K
+
+
 def test_a_late_answer_is_never_taken_for_the_next_ones(client, policy, opened):
     policy.delay_s = [0.6]
     with pytest.raises(errors.DeadlineExceeded):
@@ -261,6 +269,35 @@ def test_a_server_that_comes_back_is_found_and_the_episode_goes_on(client, stock
     assert (result.outcome, result.ticks) == ("failure", 3 * K)
 
 
+def test_another_policy_that_answers_in_an_episode_ends_it_and_the_next_one_is_with_that_policy():
+    port = free_port()
+
+    def serving_with(gripper: str):
+        return serving(ScriptedModel(), openpi_port=port, openpi_gripper=gripper)
+
+    with OpenpiClient(f"openpi://127.0.0.1:{port}", deadline_s=5, give_up_after_s=5) as client:
+
+        def opens(episode_id: str) -> float:
+            return client.ask(episode_id, 0, LOOK).result(5).actions_KA[0, 6]
+
+        with serving_with("policy"):
+            client.spec()
+            episode_id = client.start_episode(rollout_of(), spec_of()).episode_id
+            assert opens(episode_id) > 0.99
+        with serving_with("policy"):
+            with pytest.raises(errors.ServerLost):
+                opens(episode_id)
+            assert opens(episode_id) > 0.99
+        with serving_with("libero"):
+            with pytest.raises(errors.ServerLost):
+                opens(episode_id)
+            for _ in range(2):
+                with pytest.raises(errors.BadAnswer, match="another policy answers now"):
+                    opens(episode_id)
+            (result,) = run_lockstep([arm := FakeArm()], [rollout_of()], client)
+            assert result.outcome == "failure" and all(action_A[6] > 0.99 for action_A in arm.applied)
+
+
 def test_a_server_that_is_not_there_is_reported_after_the_patience(stock):
     stock.stop()
     began_s = time.monotonic()
@@ -288,7 +325,7 @@ def test_many_arms_have_a_connection_each_and_their_questions_are_in_flight_toge
     results = list(run_lockstep([FakeArm(ARM) for _ in range(3)], [rollout_of(max_ticks=2 * K)] * 3, client))
     assert policy.most_in_flight > 1
     assert [result.outcome for result in results] == ["failure"] * 3
-    assert len(stock.headers) == 1 + 3
+    assert len(stock.observations) == 1 + 3 * 2  # how long a chunk is was found out once
 
 
 def test_what_waits_on_a_client_that_is_closed_fails(stock, policy):

@@ -32,6 +32,9 @@ class ScriptedModel:
     def prepare(self, observed):
         return None
 
+    def watch(self, gone) -> None:
+        pass
+
     def warm_up(self):
         pass
 

@@ -61,6 +61,8 @@ BAD = {
     "too many bytes": (said(data=bytes(16)), "state: data must be 12 bytes"),
     "data that is text": (said(data="abcdefghijkl"), "state: data must be 12 bytes .* got str"),
     "a shape beyond all bytes": (said(shape=[2**60, 2**60]), "state: data must be"),
+    "an extent beyond all numbers": (said(shape=[0, 2**63], data=b""), "state: shape must be a possible one"),
+    "extents beyond all numbers": (said(shape=[0, 2**62, 2**62], data=b""), "state: shape must be a possible one"),
     "a negative extent": (said(shape=[-3]), "state: shape must be"),
     "a shape that is no list": (said(shape=3), "state: shape must be"),
     "many axes": (said(shape=[1] * 9 + [3]), "state: shape must be"),
@@ -73,8 +75,13 @@ BAD = {
         "n: must be a number that fits float32, got '1'",
     ),
     "no dict": (msgpack.packb([1, 2]), "message: must be a dict, got list"),
-    "a key that is no text": (msgpack.packb({b"state": 1}), "message: keys must be text, got b'state'"),
-    "a key within that is no text": (msgpack.packb({"a": {b"b": 1}}), "a: keys must be text, got b'b'"),
+    "a key that is no text": (msgpack.packb({b"state": 1}), "message: keys must be printable text .*, got b'state'"),
+    "a key within that is no text": (msgpack.packb({"a": {b"b": 1}}), "a: keys must be printable text .*, got b'b'"),
+    "a key of two lines": (msgpack.packb({"a": {"b\n": 1}}), r"a: keys must be printable text .*, got 'b\\n'"),
+    "a long key": (
+        msgpack.packb({"k" * 101: 1}),
+        "message: keys must be printable text of at most 100 characters, got 'k{79}$",
+    ),
     "one key flat and nested": (msgpack.packb({"a": {"b": 1}, "a/b": 2}), "a/b: must be given once"),
     "nothing": (b"", "message: must be msgpack"),
     "half of it": (said()[:-5], "message: must be msgpack"),
@@ -123,3 +130,4 @@ def test_liberos_gripper_is_the_opening_the_other_way_round():
     np.testing.assert_allclose(libero_gripper(np.array([1.0, 0.5, 0.0])), [-1, 0, 1])
     np.testing.assert_allclose(libero_gripper(np.array([1.5, -0.5])), [-1, 1])
     np.testing.assert_allclose(gripper_opening(np.array([-1.0, 0.0, 1.0])), [1, 0.5, 0])
+    np.testing.assert_allclose(gripper_opening(np.array([-1.05, 1.02])), [1, 0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from policy_server.batcher import DecodeAnswer, DecodeRequest
-from policy_server.errors import BadRequest
+from policy_server.errors import BadRequest, Overloaded
 from policy_server.observation import Observed
 from protos import policy_pb2
 from protos.codec import encode_tensor
@@ -17,7 +18,7 @@ ACTIONS, CHUNK, SIDE_PX, MAX_WORDS = 2, 3, 8, 6
 
 
 class FakeModel:
-    """Each action is (mean pixel, decision).  The gate, when closed, holds decode().
+    """Each action is (mean pixel, decision).  The gate, when closed, holds decode(); with no_room it does not wake.
 
     An instruction with "explode" makes decode() raise, one with "stumble" makes prepare() raise.
     """
@@ -30,6 +31,7 @@ class FakeModel:
         self._warm_s = warm_s
 
     first, lanes = None, 1
+    asleep = no_room = False
 
     @property
     def spec(self) -> policy_pb2.PolicySpec:
@@ -72,6 +74,18 @@ class FakeModel:
 
     def warm_up(self) -> None:
         time.sleep(self._warm_s)
+
+    def watch(self, gone: Callable[[], object]) -> None:
+        pass
+
+    def sleep(self) -> int:
+        self.asleep = True
+        return 0
+
+    def wake(self) -> None:
+        if self.no_room:
+            raise Overloaded("the device has no room for the weights", retry_after_ms=1)
+        self.asleep = False
 
 
 def _answer(request: DecodeRequest) -> DecodeAnswer:

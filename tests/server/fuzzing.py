@@ -61,7 +61,7 @@ METHODS = {
     f"/{service.full_name}/{method.name}": method
     for service in SERVICES.values()
     for method in service.methods
-    if method.name != "Drain"  # it would be obeyed
+    if method.name not in ("Drain", "Sleep")  # they would be obeyed
 }
 
 
@@ -256,6 +256,7 @@ def valid_requests(spec: policy_pb2.PolicySpec, number: int = 0) -> dict[str, Se
         "/vla_rl.Admin/ListVersions": [admin_pb2.ListVersionsRequest()],
         "/vla_rl.Admin/ScoreProbe": [admin_pb2.ScoreProbeRequest(probes=[probe], temperature=1.0)],
         "/vla_rl.Admin/GetStatus": [admin_pb2.GetStatusRequest()],
+        "/vla_rl.Admin/Wake": [admin_pb2.WakeRequest()],
         "/vla_rl.Admin/PublishWeights": [
             admin_pb2.PublishWeightsRequest(header=header),
             admin_pb2.PublishWeightsRequest(data=data),

@@ -57,6 +57,11 @@ class RudeClient:
         self._http.end_stream(call)
         self._flush()
 
+    def read_on(self, call: int) -> None:
+        """From now on it takes what comes."""
+        self._http.increment_flow_control_window(2**20, call)
+        self._flush()
+
     def status(self, call: int, *, within_s: float = 10.0) -> int:
         """The gRPC status with which the call ends.  Raises TimeoutError."""
         deadline_s = time.monotonic() + within_s

@@ -17,6 +17,7 @@ import grpc
 from policy_server.episode_store import EpisodeStore
 from policy_server.server import PolicyServer
 from protos import policy_pb2_grpc, rollout_pb2_grpc
+from protos.channel import address_of
 
 DEFAULTS: dict[str, Any] = {
     "host": "127.0.0.1",
@@ -77,7 +78,7 @@ def serving(
         return server, port
 
     server, port = asyncio.run_coroutine_threadsafe(build(), loop).result(60)
-    address = f"{options['host']}:{port}"
+    address = address_of(options["host"], port)
     channel = grpc.insecure_channel(address)
     running = RunningServer(address=address, channel=channel, server=server, loop=loop, model=model)
     try:

@@ -109,8 +109,8 @@ def told(address: str, method: MethodDescriptor, token: str | None) -> tuple[grp
     """What becomes of a call that says nothing; with a refusal where there is one."""
     metadata = [] if token is None else [("authorization", f"Bearer {token}")]
     path = f"/{method.containing_service.full_name}/{method.name}"
-    # Draining is no way to treat a server that others still have to ask: that request cannot be read.
-    request = b"\xff" if method.name == "Drain" else b""
+    # Draining is no way to treat a server that others still have to ask, nor is sleep: those requests cannot be read.
+    request = b"\xff" if method.name in ("Drain", "Sleep") else b""
     with grpc.insecure_channel(address) as channel:
         call = channel.stream_stream(path)(iter([request]), metadata=metadata, timeout=20)
         try:
@@ -172,6 +172,14 @@ def test_the_right_token_is_answered_on_each_port(server, tmp_path):
 def test_the_table_names_every_method_of_the_policy_port():
     named = {f"/{service.full_name}/{method.name}" for service in SERVICES["policy"] for method in service.methods}
     assert named == {method for method in POLICY_PORT if method.startswith("/vla_rl.")}
+
+
+def test_a_robot_that_asks_for_newer_reflection_is_told_that_there_is_none(server):
+    """And then asks for the older, as grpcurl does."""
+    ask = server.channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+    with pytest.raises(grpc.RpcError) as refused:
+        next(ask(iter([b""]), metadata=[("authorization", f"Bearer {TOKENS['robot']}")], timeout=20))
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("method", ["Act", "ActStream"])
@@ -340,7 +348,7 @@ def test_what_would_be_open_to_others_is_not_served(flags, sentence, capsys):
 
 def test_a_public_address_is_served_with_tokens_and_tls_or_when_told_to():
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"):
-        ServeConfig(host=host)
+        assert ServeConfig(host=host).host == host.strip("[]")
     ServeConfig(host="0.0.0.0", access=Access(allow_public=True))
     ServeConfig(host="0.0.0.0", access=Access(tokens=Path("x"), tls_cert=Path("x"), tls_key=Path("x")))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import queue
 import shutil
@@ -15,10 +16,12 @@ import pytest
 
 from policy_server import server as server_module
 from policy_server import service
-from policy_server.observation import MAX_CAMERAS, MAX_NAME, MAX_TICKS, max_request_bytes, read_observation
+from policy_server.batcher import Ticket
+from policy_server.observation import MAX_CAMERAS, MAX_NAME, MAX_TICKS, max_request_bytes
 from policy_server.refusals import REFUSAL_KEY
 from policy_server.version_store import VersionStore
 from protos import admin_pb2, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
+from protos.codec import decode_tensor
 from tests.client.black_hole import BlackHole
 from tests.server import messages, publishing
 from tests.server.fake_admin import FakeWeights, administered
@@ -106,6 +109,74 @@ def test_an_episode_whose_weights_cannot_be_had_is_closed_again(admin_server, ad
     assert refusal(admin_server.policy.StartEpisode, messages.start(version=1, request_id="once")).code == refused.code
 
 
+def test_an_episode_whose_weights_the_server_fails_to_build_is_closed_again(monkeypatch, caplog):
+    with serving(FakeModel()) as running:
+        monkeypatch.setattr(running.server._versions, "holds", lambda version: False)
+        monkeypatch.setattr(running.server._versions, "weights", lambda version: 1 / 0)
+        assert refusal(running.policy.StartEpisode, messages.start()).code == grpc.StatusCode.INTERNAL.value[0]
+        assert not running.server._episodes.open and "ZeroDivisionError" in caplog.text
+
+
+class SlowToPrepare(FakeModel):
+    """Holds prepare() until it is free."""
+
+    def __init__(self):
+        super().__init__()
+        self.prepared = 0
+        self.free = threading.Event()
+
+    def prepare(self, observed):
+        self.prepared += 1
+        assert self.free.wait(30)
+        return super().prepare(observed)
+
+
+@pytest.fixture
+def slow_to_prepare() -> Iterator[RunningServer]:
+    """Whatever is held too long here is seen: nobody collects it."""
+    with serving(SlowToPrepare(), queue=64) as running:
+        gc.collect()
+        gc.disable()
+        try:
+            yield running
+        finally:
+            gc.enable()
+            running.model.free.set()
+
+
+def held() -> int:
+    """How many tickets are held by anything, and their requests by those that hold them."""
+    return sum(type(each) is Ticket for each in gc.get_objects())
+
+
+def test_requests_that_nobody_waits_for_are_neither_prepared_nor_held(slow_to_prepare):
+    running = slow_to_prepare
+    for episode_id in [open_episode(running) for _ in range(50)]:
+        call = running.policy.Act.future(messages.act(episode_id, 0))
+        eventually(lambda: running.server.waiting == 1)
+        call.cancel()
+        eventually(lambda: running.server.waiting == 0)
+    last = running.policy.Act.future(messages.act(open_episode(running), 0))
+    eventually(lambda: running.server.waiting == 1)
+    eventually(lambda: held() == 1)
+    running.model.free.set()
+    assert last.result(20).HasField("chunk") and running.model.prepared <= 3
+
+
+def test_observations_of_a_stream_that_newer_ones_supersede_are_neither_prepared_nor_held(slow_to_prepare):
+    running, pending = slow_to_prepare, queue.Queue()
+    episode_id = open_episode(running)
+    replies = running.policy.ActStream(iter(pending.get, None), timeout=60)
+    for grey in range(50):
+        pending.put(messages.act(episode_id, 0, grey=grey))
+    for _ in range(49):
+        assert next(replies).refusal.code == grpc.StatusCode.ABORTED.value[0]
+    eventually(lambda: held() == 1)
+    running.model.free.set()
+    assert decode_tensor(next(replies).chunk.actions)[0, 0] == 49 and running.model.prepared <= 3
+    pending.put(None)
+
+
 def test_a_request_takes_at_most_what_get_spec_states(calm):
     spec = calm.policy.GetSpec(policy_pb2.GetSpecRequest())
     assert spec.max_request_bytes == max_request_bytes(spec) < 4 * spec.max_image_bytes
@@ -118,6 +189,13 @@ def test_a_request_takes_at_most_what_get_spec_states(calm):
     with pytest.raises(grpc.RpcError, match="larger than max") as error:
         calm.policy.Act(request, timeout=20)
     assert error.value.code() == EXHAUSTED
+
+
+def test_a_compressed_request_is_refused_before_it_takes_the_room_it_would_inflate_to(calm):
+    request = messages.act(open_episode(calm), 0, instruction="x" * 10**5)
+    with pytest.raises(grpc.RpcError, match="'gzip' is disabled") as error:
+        calm.policy.Act(request, timeout=20, compression=grpc.Compression.Gzip)
+    assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_weights_come_in_larger_parts_than_any_observation():
@@ -152,6 +230,8 @@ TOO_LONG = {
     "LeaseRollout worker": rollout_pb2.LeaseRolloutRequest(worker=LONG, can_run=["fake/0"]),
     "LeaseRollout can_run": rollout_pb2.LeaseRolloutRequest(worker="w", can_run=["fake/0"] * 1001),
     "LeaseRollout holds": rollout_pb2.LeaseRolloutRequest(worker="w", can_run=["fake/0"], holds=["x"] * 1001),
+    "LeaseRollout can_run[1]": rollout_pb2.LeaseRolloutRequest(worker="w", can_run=["fake/0", LONG]),
+    "LeaseRollout holds[1]": rollout_pb2.LeaseRolloutRequest(worker="w", can_run=["fake/0"], holds=["x", LONG]),
     "CommitCursor reader": rollout_pb2.CommitCursorRequest(reader=LONG),
     "EnqueueRollouts rollouts[0].rollout_id": rollout_pb2.EnqueueRolloutsRequest(rollouts=[messages.rollout(LONG)]),
 }
@@ -176,6 +256,15 @@ SPOILED = {
     "observation.instruction": lambda request: setattr(request.observation, "instruction", "x" * 10**6),
     "observation.state": lambda request: request.observation.state.shape.extend([2**32 - 1] * 10**5),
 }
+
+
+@pytest.mark.parametrize("outcome", [episode_pb2.OUTCOME_SUCCESS, episode_pb2.OUTCOME_ERROR])
+def test_an_end_records_no_more_cameras_than_a_decision_however_it_ended(calm, outcome):
+    ended = messages.end(open_episode(calm), outcome=outcome)
+    for camera in range(MAX_CAMERAS + 1):
+        ended.final_observation.images[f"camera {camera}"].data = b"x"
+    refused = refusal(calm.policy.EndEpisode, ended)
+    assert (refused.code, refused.field) == (INVALID.value[0], "final_observation.images")
 
 
 @pytest.mark.parametrize("field", SPOILED)
@@ -204,6 +293,8 @@ def test_no_more_than_so_much_work_may_be_outstanding(tmp_path, monkeypatch):
         refused = refusal(running.rollouts.EnqueueRollouts, rollout_pb2.EnqueueRolloutsRequest(rollouts=more))
         assert refused.code == EXHAUSTED.value[0] and refused.retry_after_ms > 0
         assert running.rollouts.GetQueue(rollout_pb2.GetQueueRequest()).waiting == 2
+        bad = rollout_pb2.EnqueueRolloutsRequest(rollouts=[messages.rollout("")] * 4)
+        assert refusal(running.rollouts.EnqueueRollouts, bad).code == EXHAUSTED.value[0]  # not looked through
 
 
 def test_streams_of_episodes_are_few_and_one_that_ends_makes_room(tmp_path, monkeypatch):
@@ -216,6 +307,20 @@ def test_streams_of_episodes_are_few_and_one_that_ends_makes_room(tmp_path, monk
         parts.cancel()
         once = rollout_pb2.StreamEpisodesRequest()
         eventually(lambda: [part.sequence for part in _or_nothing(running.rollouts.StreamEpisodes, once)] == [0])
+
+
+def test_a_reader_that_reads_nothing_loses_its_stream_and_the_next_has_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("policy_server.rollout_service.MAX_READERS", 1)
+    monkeypatch.setattr("policy_server.rollout_service.READ_S", 1.0)
+    with serving(FakeModel(), episodes=tmp_path) as running, RudeClient(running.address, window=0) as rude:
+        call, follow = rude.call("/vla_rl.Rollouts/StreamEpisodes"), rollout_pb2.StreamEpisodesRequest(follow=True)
+        rude.send(call, follow.SerializeToString(), end=True)
+        eventually(lambda: running.server._rollouts._readers)
+        once = rollout_pb2.StreamEpisodesRequest()
+        eventually(lambda: [part.sequence for part in _or_nothing(running.rollouts.StreamEpisodes, once)] == [0])
+        assert running.server._calls._open, "what it has not read is still its own"
+        rude.read_on(call)
+        assert rude.status(call) == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
 def _or_nothing(call, request) -> list:
@@ -306,6 +411,8 @@ def test_a_client_that_reads_no_answer_loses_its_stream_and_keeps_nobody_waiting
         eventually(lambda: stream._unread and not stream._under_way)
         assert running.server.waiting == 0
         assert running.policy.Act(messages.act(open_episode(running), 0)).HasField("chunk")
+        rude.read_on(call)
+        assert rude.status(call) == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     # and the server has stopped, though the answers never left
 
 
@@ -392,14 +499,16 @@ def test_workers_that_fell_silent_are_forgotten(tmp_path, monkeypatch):
         eventually(lambda: not running.server._work._workers)
 
 
-def test_the_pictures_of_an_end_are_decoded_beside_the_network_not_in_it(calm, monkeypatch):
-    threads = []
+@pytest.mark.parametrize("look", ["read_observation", "check_ticks"])
+def test_pictures_and_ticks_are_looked_at_beside_the_network_not_in_it(calm, monkeypatch, look):
+    threads, looks = [], getattr(service, look)
 
     def remembering(*args, **options):
         threads.append(threading.current_thread().name)
-        return read_observation(*args, **options)
+        return looks(*args, **options)
 
-    monkeypatch.setattr(service, "read_observation", remembering)
-    calm.policy.EndEpisode(messages.end(open_episode(calm), final_observation=messages.observation()))
-    (name,) = threads
-    assert name.startswith("prepare")
+    monkeypatch.setattr(service, look, remembering)
+    episode_id, ticks = open_episode(calm), [messages.tick(0, 0)]
+    calm.policy.Act(messages.act(episode_id, 0, ticks=ticks))
+    calm.policy.EndEpisode(messages.end(episode_id, executed=ticks, final_observation=messages.observation()))
+    assert len(threads) == 2 and all(name.startswith("prepare") for name in threads)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from policy_server import episode_store
+from policy_server import cursors, episode_store
 from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart, Overloaded
 from protos import episode_pb2
@@ -60,7 +62,8 @@ def test_an_episode_that_was_whole_but_not_yet_numbered_at_a_crash_is_kept(tmp_p
     record(store, "a")
     store.open(episode_pb2.EpisodeStart(episode_id="b")).finish(episode_pb2.EpisodeEnd())
     store.close()
-    assert EpisodeStore(tmp_path).find("b") == 2
+    found = EpisodeStore(tmp_path).find("b")
+    assert found is not None and found.sequence == 2
     assert read_episode(tmp_path / "00000002-b.episode").start.episode_id == "b"
 
 
@@ -90,7 +93,8 @@ def test_a_rollout_is_counted_by_its_episode_even_when_a_crash_came_before_the_n
     for _ in range(2):
         store = EpisodeStore(tmp_path)
         assert store.counted_rollouts() == ["r/0", "r/d"]
-        assert [store.find(name) for name in "abcde"] == [1, 2, 3, 4, 5]
+        assert [store.find(stored.episode_id) for stored in store.after(0)] == store.after(0)
+        assert [(stored.sequence, stored.episode_id) for stored in store.after(0)] == list(enumerate("abcde", 1))
         store.close()
 
 
@@ -146,6 +150,55 @@ def test_a_fault_that_may_pass_sets_no_episode_aside(tmp_path, monkeypatch):
         patch.setattr(episode_store, "read_records", too_many_files)
         store.records(stored)
     assert len(store.records(stored)) == 2
+
+
+@pytest.mark.parametrize("lost", ["00000001-a.episode", "b.episode"])
+def test_an_unreadable_sector_stops_no_start_and_its_episode_is_set_aside_by_name(tmp_path, monkeypatch, caplog, lost):
+    store = EpisodeStore(tmp_path)
+    record(store, "a", rollout_id="r/0")
+    store.open(episode_pb2.EpisodeStart(episode_id="b", rollout_id="r/1")).finish(episode_pb2.EpisodeEnd())
+    store.close()
+
+    def reading(read):
+        def attempt(path: Path):
+            if path.name == lost:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(path)
+
+        return attempt
+
+    for name in ("read_start", "read_episode"):
+        monkeypatch.setattr(episode_store, name, reading(getattr(episode_store, name)))
+    store = EpisodeStore(tmp_path)
+    assert f"{lost}: cannot be read: Input/output error" in caplog.text
+    assert store.counted_rollouts() == ["r/1" if "a" in lost else "r/0"]
+    assert [path.name.removesuffix(".partial") for path in (tmp_path / "set_aside").iterdir()] == [lost]
+
+
+@pytest.mark.parametrize("change", [lambda store: record(store, "b"), lambda store: store.commit("r", 1)])
+def test_who_looks_at_the_episodes_does_not_wait_for_the_disk(tmp_path, monkeypatch, change):
+    store = EpisodeStore(tmp_path)
+    record(store, "a")
+    disk_is_busy, disk_is_free = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        disk_is_busy.set()
+        assert disk_is_free.wait(20)
+
+    def look() -> list:
+        assert store.size[0] == store.newest == 1 and store.counted_rollouts() == [] and not store.beyond(1).done()
+        return [store.find("a"), *store.latest(2)]
+
+    monkeypatch.setattr(episode_store, "sync", slow)
+    monkeypatch.setattr(cursors, "sync", slow)
+    with ThreadPoolExecutor(2) as threads:
+        changing = threads.submit(change, store)
+        assert disk_is_busy.wait(10)
+        try:
+            assert threads.submit(look).result(10) == store.after(0) * 2
+        finally:
+            disk_is_free.set()
+        changing.result(10)
 
 
 @pytest.mark.parametrize("keep", [0, 12, 20])

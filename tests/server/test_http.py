@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
+import logging
 import re
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -176,16 +179,19 @@ def test_stored_episodes_are_listed_newest_first_and_played_back_frame_by_frame(
     assert (newest["sequence"], newest["outcome"], newest["frames"]) == (2, "success", 1)
     assert (older["outcome"], older["decisions"], older["frames"], older["version"]) == ("failure", 2, 3, 0)
     assert (older["instruction"], older["arm"], older["message"]) == ("pick up the bowl", "franka", "it fell")
-    greys = [get(server, f"/episodes/1/frames/{i}").pixels_HW3.mean() for i in range(older["frames"])]
+    frames = f"/episodes/{older['episode']}/frames"
+    greys = [get(server, f"{frames}/{i}").pixels_HW3.mean() for i in range(older["frames"])]
     np.testing.assert_allclose(greys, [10, 200, 90], atol=3)  # the last is the final observation
 
 
 @pytest.mark.parametrize(
-    "path", ["/episodes/1/frames/2", "/episodes/9/frames/0", "/episodes/x/frames/0", "/robots/x/frame"]
+    "path", ["/episodes/{id}/frames/2", "/episodes/x/frames/0", "/episodes/1/frames/0", "/robots/x/frame"]
 )
 def test_a_frame_that_is_not_there_says_nothing_of_the_inside(server, tmp_path, path):
     stored(server)
-    reply = get(server, path)
+    (episode,) = get(server, "/episodes").json
+    assert get(server, f"/episodes/{episode['episode']}/frames/1").status == 200
+    reply = get(server, path.format(id=episode["episode"]))
     assert reply.status == 404
     assert str(tmp_path).encode() not in reply.body and b"Traceback" not in reply.body
 
@@ -199,7 +205,7 @@ def test_an_episode_that_cannot_be_read_is_named_beside_the_others(server, tmp_p
     assert bad["damaged"].startswith(first.name) and str(tmp_path) not in bad["damaged"]
     first.unlink()
     assert "No such file" in get(server, "/episodes").json[1]["damaged"]
-    assert get(server, "/episodes/1/frames/0").status == 404
+    assert get(server, f"/episodes/{bad['episode']}/frames/0").status == 404
 
 
 def test_a_server_without_a_store_says_so():
@@ -261,6 +267,60 @@ def test_a_page_of_another_name_cannot_reach_a_loopback_server(server):
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
 def test_nothing_can_be_changed(server, method):
     assert get(server, "/state", method=method).status == 405
+
+
+@pytest.fixture
+def doors(monkeypatch) -> Iterator[RunningServer]:
+    """With both HTTP ports, on which little patience is had."""
+    monkeypatch.setattr("policy_server.http.ARRIVE_S", 0.5)
+    with serving(FakeModel(), http_port=0, openpi_port=0) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def raw(server: RunningServer, door: str, data: bytes) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", getattr(server.server, door)), timeout=20) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
+@pytest.mark.parametrize("door", ["http_port", "openpi_port"])
+def test_a_connection_over_which_no_whole_request_comes_is_closed(doors, door, data):
+    with raw(doors, door, data) as connection:
+        assert connection.recv(1) == b""
+
+
+SECRET = "trainer-0123456789abcdef"
+MALFORMED = {
+    "a header": f"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {SECRET}\r\r\n\r\n",
+    "a header of bytes": f"GET / HTTP/1.1\r\nHost: localhost\r\nExpect: {SECRET}\xff\r\n\r\n",
+    "a body": f"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZ{SECRET}\r\n\r\n",
+    "a compressed body": "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx",
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+@pytest.mark.parametrize("door", ["http_port", "openpi_port"])
+def test_what_is_no_http_is_a_line_in_the_log_that_shows_nothing_of_it(doors, door, what, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(logging.getLogger("policy_server.refusals"), "filters", [])
+    with raw(doors, door, MALFORMED[what].encode("latin-1")) as connection:
+        while connection.recv(1000):
+            pass
+    assert [record.getMessage() for record in caplog.records if record.name.startswith(("aiohttp", "policy"))] == [
+        "refused, INVALID_ARGUMENT: must be HTTP, got something else"
+    ]
+    assert SECRET not in caplog.text and "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["AAAAAAAAAAAAAAAAAAAAAA==", "\xff"])
+def test_a_websockets_greeting_is_not_logged(doors, key, caplog):
+    greeting = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+    greeting += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Protocol: {SECRET}\r\n\r\n"
+    with raw(doors, "openpi_port", greeting.encode("latin-1")) as connection:
+        assert connection.recv(9) == b"HTTP/1.1 "
+    assert not caplog.records
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(server, tiny_vla, capsys):

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 import grpc
+import numpy as np
 import pytest
 
 from policy_server.logs import JsonFormatter, Sparing, TextFormatter, about
 from protos import admin_pb2, episode_pb2
+from tests.openpi_wire import Robot
 from tests.server import messages, publishing
-from tests.server.fake_model import FakeModel
+from tests.server.fake_model import SIDE_PX, FakeModel
 from tests.server.running import serving
 
 
@@ -24,11 +26,9 @@ def record(message: str, **fields) -> logging.LogRecord:
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict]]]:
-    """lines(field=value, ...): what the server has logged as JSON so far, of those with these fields."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
+def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.StreamHandler[io.StringIO]]:
+    """Takes what the server logs, refusals and all."""
+    handler = logging.StreamHandler(io.StringIO())
     monkeypatch.setattr(
         logging.getLogger("policy_server.refusals"), "filters", []
     )  # other tests' refusals silence none
@@ -36,14 +36,21 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict]]
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-    def parsed(**fields) -> list[dict]:
-        logged = [json.loads(line) for line in stream.getvalue().splitlines()]
-        return [line for line in logged if fields.items() <= line.items()]
-
-    yield parsed
+    yield handler
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture
+def lines(handler) -> Callable[..., list[dict]]:
+    """lines(field=value, ...): what the server has logged as JSON so far, of those with these fields."""
+    handler.setFormatter(JsonFormatter())
+
+    def parsed(**fields) -> list[dict]:
+        logged = [json.loads(line) for line in handler.stream.getvalue().splitlines()]
+        return [line for line in logged if fields.items() <= line.items()]
+
+    return parsed
 
 
 def test_a_json_line_has_time_level_logger_message_and_the_fields():
@@ -76,6 +83,8 @@ def test_what_a_line_is_about_is_said_only_inside():
 def test_the_words_of_a_client_stay_on_their_line_and_short():
     text = TextFormatter().format(record("hello", episode="e1\nI all is well " + "x" * 10_000))
     assert len(text.splitlines()) == 1 and len(text) < 300
+    forged = record("there is no %s", args=("key\nI all is well\x1b[2J\u2028ä",))
+    assert TextFormatter().format(forged) == r"I there is no key\nI all is well\x1b[2J\u2028ä"
 
 
 def test_refusals_of_a_kind_are_logged_once_a_second_with_the_number_left_out():
@@ -115,6 +124,30 @@ def test_a_refusal_is_logged_with_the_request_it_answers(lines, stream):
     (line,) = lines(refusal="FAILED_PRECONDITION")
     assert (line["episode"], line["decision"]) == ("nobody", 7)
     assert line["peer"].startswith("127.0.0.1:") and "there is no episode" in line["message"]
+
+
+def test_a_refusal_of_an_openpi_robots_observation_is_logged_with_the_decision_it_was_for(lines):
+    with serving(FakeModel(), openpi_port=0) as server, Robot(f"127.0.0.1:{server.server.openpi_port}") as robot:
+        image = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)
+        for state in (np.zeros(3), np.full(3, np.nan)):
+            robot.infer({"observation/image": image, "observation/state": state, "prompt": "pick up the bowl"})
+        (episode,) = server.server._episodes.open
+        (line,) = lines(refusal="INVALID_ARGUMENT")
+        assert (line["episode"], line["decision"], line["peer"]) == (episode.start.episode_id, 1, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "key", ["key\nI all is well  [peer=1.2.3.4]", "k" * 10**6, "/".join("k" * 100 for _ in range(8))], ids=len
+)
+def test_the_keys_of_an_openpi_robot_forge_no_line_and_make_none_long(handler, key):
+    handler.setFormatter(TextFormatter())
+    message: object = {b"__ndarray__": True}
+    for part in reversed(key.split("/")):
+        message = {part: message}
+    with serving(FakeModel(), openpi_port=0) as server, Robot(f"127.0.0.1:{server.server.openpi_port}") as robot:
+        robot.infer(message)
+    (line,) = handler.stream.getvalue().splitlines()
+    assert line.startswith("I refused, INVALID_ARGUMENT: ") and len(line) < 500
 
 
 def test_a_publish_and_a_swap_are_a_line_each(lines, admin_server, admin, base):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from protos import admin_pb2, episode_pb2
+from policy_server.access import Access, Guard
+from protos import admin_pb2, episode_pb2, rollout_pb2
+from tests.openpi_wire import Robot
 from tests.server import messages, publishing
-from tests.server.fake_model import ACTIONS, CHUNK, FakeModel
+from tests.server.fake_model import ACTIONS, CHUNK, SIDE_PX, FakeModel
+from tests.server.rude_client import RudeClient
 from tests.server.running import RunningServer, eventually, serving
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "vla-rl.json"
@@ -80,6 +86,71 @@ def test_a_fault_of_the_model_is_counted_as_internal(server):
     with pytest.raises(grpc.RpcError):
         server.policy.Act(messages.act(start(server), 0, instruction="explode"))
     assert outcomes(server) == {"internal": 1}
+
+
+def test_what_the_openpi_door_refuses_is_counted_as_any_other_act():
+    with serving(FakeModel(), openpi_port=0) as server, Robot(f"127.0.0.1:{server.server.openpi_port}") as robot:
+        image, state = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8), np.zeros(3)
+        whole = {"observation/image": image, "observation/state": state, "prompt": "pick up the bowl"}
+        for observation in (whole, {**whole, "prompt": 7}, {**whole, "observation/state": np.zeros(2)}, [1, 2]):
+            robot.infer(observation)
+        assert outcomes(server) == {"answered": 1, "invalid_argument": 3}
+
+
+def turned_away(server: RunningServer) -> dict[str, int]:
+    """Status -> how many, where there were some."""
+    found = server.server.metrics.registry.collect()
+    samples = [sample for family in found if family.name == "vla_rl_turned_away" for sample in family.samples]
+    return {s.labels["status"]: int(s.value) for s in samples if s.name.endswith("_total") and s.value}
+
+
+def asked(server: RunningServer, port: str, token: str = "", **headers: str) -> int:
+    """The status of / on an HTTP port."""
+    shown = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"http://127.0.0.1:{getattr(server.server, f'{port}_port')}/"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=shown | headers), timeout=10) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_whoever_is_turned_away_for_his_token_is_counted_on_every_port(tmp_path):
+    robot = "robot-0123456789abcdef"
+    (tmp_path / "tokens").write_text(f"robot {robot}\n")
+    guard = Guard(Access(tokens=tmp_path / "tokens"))
+    with serving(FakeModel(), guard=guard, http_port=0, openpi_port=0) as server:
+        for metadata in ((), [("authorization", f"Bearer {robot}")]):
+            with pytest.raises(grpc.RpcError):
+                server.rollouts.GetQueue(rollout_pb2.GetQueueRequest(), metadata=metadata, timeout=10)
+        assert turned_away(server) == {"unauthenticated": 1, "permission_denied": 1}
+        assert (asked(server, "http"), asked(server, "http", robot), asked(server, "openpi")) == (401, 403, 401)
+        assert asked(server, "openpi", robot, Origin="http://somewhere.example") == 403
+        assert turned_away(server) == {"unauthenticated": 3, "permission_denied": 3}
+        assert outcomes(server) == {}
+
+
+def test_whoever_is_turned_away_for_too_much_or_too_slowly_is_counted():
+    with serving(FakeModel(), client_calls=1, openpi_port=0) as server:
+        with Robot(f"127.0.0.1:{server.server.openpi_port}"):
+            with pytest.raises(grpc.RpcError):
+                start(server)
+            assert asked(server, "openpi") == 429
+        eventually(lambda: not server.server._calls._open)
+        with pytest.raises(grpc.RpcError):
+            server.channel.unary_unary("/vla_rl.Policy/Act")(b"\xff", timeout=10)
+        server.server._calls._arrive_s = 0.1
+        with RudeClient(server.address) as rude:
+            assert rude.status(rude.call("/vla_rl.Policy/Act")) == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        assert turned_away(server) == {"resource_exhausted": 2, "invalid_argument": 1, "deadline_exceeded": 1}
+        assert value(server, "vla_rl_requests_total", call="start", outcome="resource_exhausted") is None
+
+
+def test_there_is_a_zero_before_the_first_one_of_what_can_occur_and_of_nothing_else(server):
+    for status in ("unauthenticated", "permission_denied", "deadline_exceeded"):
+        assert value(server, "vla_rl_turned_away_total", status=status) == 0
+        assert value(server, "vla_rl_requests_total", call="act", outcome=status) is None
+    assert value(server, "vla_rl_requests_total", call="act", outcome="resource_exhausted") == 0
 
 
 def test_queue_and_batches_are_what_the_engine_saw(server):

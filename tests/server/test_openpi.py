@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -19,6 +23,7 @@ from policy_server import openpi
 from policy_server.access import Access, Guard
 from policy_server.config import ServeConfig
 from policy_server.errors import CannotStart
+from policy_server.http import listen
 from policy_server.openpi import Connection, Dialect
 from protos import episode_pb2, policy_pb2
 from protos.codec import decode_image, decode_tensor
@@ -180,7 +185,8 @@ def test_a_bad_observation_is_refused_by_its_key_and_the_connection_goes_on(serv
         (b"\xc1", "INVALID_ARGUMENT: message: must be msgpack"),
         (packb([1, 2]), "INVALID_ARGUMENT: message: must be a dict, got list"),
         (packb({"prompt": {b"__ndarray__": True, b"dtype": "|O"}}), "INVALID_ARGUMENT: prompt: dtype must be one of"),
-        (packb({"x" * 100_000: 1}), "INVALID_ARGUMENT: prompt: must be there"),
+        (packb({"x" * 100_000: 1}), "INVALID_ARGUMENT: message: keys must be printable text of at most 100 characters"),
+        (packb({f"x{number}" * 10: 1 for number in range(1000)}), "INVALID_ARGUMENT: prompt: must be there"),
     ],
 )
 def test_what_is_no_observation_is_refused_briefly_and_the_connection_goes_on(server, message, sentence):
@@ -281,6 +287,23 @@ def test_a_newer_observation_waits_for_the_answer_that_is_being_computed():
             assert [robot.receive()["actions"][0, 0] for _ in range(2)] == [1, 2]
 
 
+def test_of_a_robot_that_does_not_wait_for_answers_no_more_than_three_observations_are_read():
+    with serving(FakeModel(), openpi_port=0, max_batch=1, max_wait_ms=0) as server:
+        server.model.gate.clear()
+        with Robot(address(server)) as robot:
+            robot.send(look(grey=0))
+            eventually(lambda: server.model.batches)
+            for grey in range(1, 8):
+                robot.send(look(grey=grey))
+            (connection,) = server.server._openpi._connections
+            eventually(lambda: connection._due == 3)
+            time.sleep(0.2)
+            assert connection._due == 3
+            server.model.gate.set()
+            answers = [robot.receive() for _ in range(8)]
+            assert answers[0]["actions"][0, 0] == 0 and answers[-1]["actions"][0, 0] == 7
+
+
 def test_a_full_queue_refuses_at_once_and_the_connection_goes_on():
     with serving(FakeModel(), openpi_port=0, max_batch=1, max_wait_ms=0, queue=1) as server:
         server.model.gate.clear()
@@ -343,7 +366,8 @@ def test_a_robot_that_does_not_read_is_let_go(monkeypatch):
     async def serve() -> None:
         dialect = Dialect(FakeModel().spec, keys={}, gripper="libero")
         deaf = Deaf()
-        await asyncio.wait_for(Connection(deaf, deaf, Idle(), dialect, client="").serve(), 5)  # type: ignore[arg-type]
+        connection = Connection(deaf, deaf, Idle(), dialect, client="", admit=lambda: None)  # type: ignore[arg-type]
+        await asyncio.wait_for(connection.serve(), 5)
 
     monkeypatch.setattr(openpi, "UNREAD_S", 0.05)
     asyncio.run(serve())
@@ -410,6 +434,23 @@ def test_a_robot_shows_its_token_as_an_api_key(tmp_path):
         assert probe(server)[0] == 200  # whoever watches over the server needs none
 
 
+def test_a_robot_whose_token_is_revoked_ends_its_episode_and_begins_no_other(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("robot a-token-of-a-robot\n")
+    guard = Guard(Access(tokens=tokens))
+    with (
+        serving(FakeModel(), openpi_port=0, guard=guard, episode_idle_s=0.5) as server,
+        Robot(address(server), api_key="a-token-of-a-robot") as robot,
+    ):
+        robot.infer(look())
+        tokens.write_text("robot the-token-of-another-robot\n")
+        assert isinstance(robot.infer(look()), dict)
+        eventually(lambda: not server.server._episodes.open)
+        assert robot.infer(look()).startswith("UNAUTHENTICATED: authorization: must be one of this server's")
+        tokens.write_text("robot a-token-of-a-robot\n")
+        assert isinstance(robot.infer(look()), dict)
+
+
 def test_a_client_has_so_many_connections_and_no_more():
     with serving(FakeModel(), openpi_port=0, client_calls=2) as server:
         with Robot(address(server)), Robot(address(server)), pytest.raises(InvalidStatus, match="429"):
@@ -466,7 +507,42 @@ def test_the_grippers_action_means_what_the_robot_takes_it_for(gripper):
 def test_an_address_that_is_taken_is_a_sentence():
     with serving(FakeModel(), openpi_port=0) as server:
         second = serving(FakeModel(), openpi_port=server.server.openpi_port)
-        with pytest.raises(CannotStart, match=r"cannot listen on 127\.0\.0\.1"), second:
+        with pytest.raises(CannotStart, match=r"cannot listen on 127\.0\.0\.1:\d+: is another server running"), second:
+            pass
+
+
+def test_an_address_that_is_not_this_machines_is_another_sentence():
+    async def listening() -> None:
+        await listen(web.Application(), host="192.0.2.1", port=0, tls=None)
+
+    sentence = r"cannot listen on 192\.0\.2\.1:0: Cannot assign requested address"
+    with pytest.raises(CannotStart, match=sentence):
+        asyncio.run(listening())
+    with pytest.raises(CannotStart, match=sentence), serving(FakeModel(), host="192.0.2.1"):
+        pass
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no ::1")
+def test_every_port_is_served_over_ipv6_and_a_client_of_several_is_one():
+    host = ServeConfig(host="[::1]").host
+    with serving(FakeModel(), host=host, openpi_port=0, http_port=0) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        with urllib.request.urlopen(f"http://[::1]:{server.server.http_port}/healthz", timeout=5) as reply:
+            assert reply.status == 200
+        stream = server.policy.ActStream(iter([messages.act(episode_id, 0)]))
+        assert next(stream).HasField("chunk")
+        with Robot(f"[::1]:{server.server.openpi_port}") as robot:
+            robot.infer(look())
+            assert {episode.robot[1] for episode in server.server._episodes.open} == {"[::1]"}
+            assert len({episode.client for episode in server.server._episodes.open}) == 1
+        taken = serving(FakeModel(), host=host, port=int(server.address.rpartition(":")[2]))
+        with pytest.raises(CannotStart, match=r"cannot listen on \[::1\]:\d+: is another server running"), taken:
             pass
 
 

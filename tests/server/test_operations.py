@@ -10,10 +10,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from policy_server.__main__ import main
+from policy_server.config import ServeConfig
+from policy_server.errors import CannotStart
+from policy_server.loading import load
 from protos import policy_pb2, policy_pb2_grpc
 from protos.episode_file import read_episode
 from tests.server import messages
@@ -155,6 +159,14 @@ def test_a_model_that_does_not_exist_ends_the_process_with_code_2_and_no_traceba
     done = subprocess.run(command("--model", "./nowhere"), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stdout == ""
     assert "there is no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0x", "cuda"])
+def test_a_device_that_there_is_not_is_one_sentence(tiny_vla, device):
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("there is one")
+    with pytest.raises(CannotStart, match=f"device .*{device!r}"):
+        load(ServeConfig(model=str(tiny_vla), device=device))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_an_episode_is_played_back_with_the_keyboard_alone(server, look):
     page.keyboard.press("ArrowRight")
     assert words(page, "#position") == "2 / 3"
     has_loaded(page, "#player-frame")
-    assert page.get_attribute("#player-frame", "src") == "episodes/1/frames/1"
+    assert re.fullmatch(r"episodes/[\dT]+-[0-9a-f]+/frames/1", page.get_attribute("#player-frame", "src"))
     assert words(page, "#facts").startswith("Outcome failure Version 0 Task kitchen/3 Arm franka")
     page.keyboard.press("Escape")
     assert not page.is_visible("#player")
@@ -229,6 +230,39 @@ def test_newer_episodes_are_announced_and_shown_when_asked_for(server, look):
     page.click("#newer")
     page.wait_for_function("() => document.querySelectorAll('#episode-rows tr').length === 3")
     assert not page.is_visible("#newer")
+
+
+def mean_grey(page: Any) -> float:
+    """Of the frame in the player."""
+    has_loaded(page, "#player-frame")
+    return page.evaluate("""() => {
+      const canvas = document.createElement("canvas").getContext("2d");
+      canvas.drawImage(document.querySelector("#player-frame"), 0, 0);
+      return canvas.getImageData(2, 2, 1, 1).data[0];
+    }""")
+
+
+def test_of_another_server_on_the_same_port_its_own_episodes_are_shown(look, tmp_path):
+    port = free_port()
+    with serving(FakeModel(), episodes=tmp_path / "one", http_port=port) as server:
+        store(server, (10,), instruction="open the drawer")
+        page = look(server)
+        page.click("#episode-rows button")
+        assert mean_grey(page) == pytest.approx(10, abs=3)
+        page.keyboard.press("Escape")
+    with serving(FakeModel(), episodes=tmp_path / "other", http_port=port) as server:
+        page.wait_for_function("() => document.querySelector('#episodes').innerText.includes('No episode has ended')")
+        assert not page.is_visible("#episode-table")
+        store(server, (200,), instruction="close the drawer")
+        page.wait_for_selector("#episode-rows button")
+        page.wait_for_function("() => document.querySelector('#episode-rows').innerText.includes('close the drawer')")
+        page.click("#episode-rows button")
+        page.wait_for_function("() => document.querySelector('#player-frame').complete")
+        assert mean_grey(page) == pytest.approx(200, abs=3)
+    with serving(FakeModel(), http_port=port):
+        page.keyboard.press("Escape")
+        page.wait_for_function("() => document.querySelector('#episodes').innerText.includes('keeps no episodes')")
+        assert not page.is_visible("#episode-table")
 
 
 def test_without_a_store_the_page_says_so(look):

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from policy_server.config import ServeConfig
-from policy_server.errors import BadRequest, CannotStart, EngineGone
+from policy_server.errors import BadRequest, CannotStart, EngineGone, InternalFault
 from policy_server.loading import load, opened
-from policy_server.remote_model import RemoteModel
+from policy_server.remote_model import FIRST, RemoteModel, _Process
 from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_checkpoint, weights_fingerprint
 from protos import admin_pb2_grpc, policy_pb2, policy_pb2_grpc
@@ -107,8 +107,9 @@ def test_weights_go_with_their_key(remote, tmp_path, tiny_vla):
     number = key.number
     del key, request
     gc.collect()
-    with pytest.raises(RuntimeError, match=f"KeyError: {number}"):
-        remote._processes[1].compute("decode", [], [number])
+    remote._processes[1].change("fingerprint", FIRST)
+    with pytest.raises(InternalFault, match="the model failed to fingerprint"):
+        remote._processes[1].change("fingerprint", number)
 
 
 def test_bad_weights_are_the_same_refusal(remote, tmp_path):
@@ -160,6 +161,35 @@ def parent(pid: int) -> int | None:
 
 def line_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_weights_that_one_process_cannot_build_are_left_in_none(remote, tmp_path, tiny_vla, monkeypatch):
+    adapter(load_checkpoint(tiny_vla).model, tmp_path)
+    change, first = _Process.change, remote._processes[0]
+    numbers: list[int] = []
+
+    def fail(process: _Process, what: str, *args):
+        if what == "build":
+            numbers.append(args[0])
+            if process is first:
+                raise InternalFault("no room")
+        return change(process, what, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(InternalFault, match="no room"):
+        patch.setattr(_Process, "change", fail)
+        remote.build(tmp_path, "lora")
+    assert len({*numbers}) == 1
+    with pytest.raises(InternalFault, match="the model failed to fingerprint"):
+        remote._processes[1].change("fingerprint", numbers[0])
+
+
+def test_a_proof_is_of_every_device(remote, monkeypatch):
+    change, second = _Process.change, remote._processes[1]
+    monkeypatch.setattr(
+        _Process, "change", lambda self, what, *args: "another" if self is second else change(self, what, *args)
+    )
+    with pytest.raises(InternalFault, match="different weights"):
+        remote.fingerprint(remote.first)
 
 
 def test_a_gone_process_is_one_error_whatever_it_is_asked(tiny_vla):

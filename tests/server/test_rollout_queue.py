@@ -145,6 +145,28 @@ def test_no_worker_is_given_what_it_cannot_run(queue, can_run, given):
     assert (taken.rollout.task if taken else None) == given
 
 
+@pytest.mark.parametrize(("can_run", "fits"), [("bowl", True), ("bowl/*", False), ("bowl*", False), ("/*", False)])
+def test_a_task_of_no_suite_is_one_that_is_named(queue, can_run, fits):
+    queue.enqueue([rollout("r/0", "bowl")])
+    assert (queue.lease("w", [can_run]) is not None) is fits
+
+
+class Watched(str):
+    compared = 0
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Watched.compared += 1
+        return super().__eq__(other)
+
+
+def test_work_is_found_for_a_worker_without_going_through_all_that_it_can_run(queue):
+    enqueue(queue, *map(str, range(50)))
+    assert queue.lease("w", [*(Watched(f"other/{n}") for n in range(1000)), "fake/*"]) is not None
+    assert Watched.compared == 0
+
+
 def test_a_worker_gets_what_it_holds_before_what_came_earlier(queue):
     enqueue(queue, *"abb")
     assert lease(queue, "w", holds=["fake/b"]).rollout.task == "fake/b"
@@ -324,3 +346,13 @@ def test_workers_are_counted_for_a_minute_after_they_were_heard_of(queue, clock)
     assert queue.renew(renewing.lease_id)
     clock.now_s += HEARD_S - LEASE_S + 2
     assert list(queue.status().workers) == ["renewing"]
+
+
+def test_of_too_many_workers_the_longest_unheard_is_forgotten(queue, monkeypatch):
+    monkeypatch.setattr("policy_server.rollout_queue.MAX_WORKERS", 2)
+    enqueue(queue, "a")
+    renewing = lease(queue, "renewing")
+    queue.lease("idle", ["other/*"])
+    queue.renew(renewing.lease_id)
+    queue.lease("new", ["other/*"])
+    assert list(queue.status().workers) == ["new", "renewing"]

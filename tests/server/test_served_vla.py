@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from policy_server.errors import BadRequest, Overloaded
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos import episode_pb2, policy_pb2
@@ -93,3 +95,23 @@ def test_an_over_long_instruction_is_refused_with_its_length(live_server, spec):
     (reply,) = live_server.policy.ActStream(iter([request]))
     assert reply.refusal.field == "observation.instruction"
     assert str(spec.max_instruction_tokens) in reply.refusal.message
+
+
+def test_weights_for_which_the_device_has_no_room_may_come_again(tiny_vla, tmp_path, monkeypatch):
+    def no_room(*args: object):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = VlaModel(Policy.load(tiny_vla), name="tiny", max_batch=4)
+    monkeypatch.setattr("policy_server.vla_model.with_tensors", no_room)
+    with pytest.raises(Overloaded, match="the device has no room") as refused:
+        model.build(tmp_path, "full")
+    assert refused.value.retry_after_ms > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weights_that_are_not_there_are_refused_without_a_word_about_where(tiny_vla, tmp_path, kind):
+    model = VlaModel(Policy.load(tiny_vla), name="tiny", max_batch=4)
+    with pytest.raises(BadRequest) as refused:
+        model.build(tmp_path, kind)
+    assert "safetensors" in str(refused.value) or "adapter_config.json" in str(refused.value)
+    assert str(tmp_path) not in str(refused.value) and "/" not in str(refused.value)

@@ -6,12 +6,13 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from policy_server.errors import BadRequest, CannotStart, InternalFault, Overloaded, UnknownVersion
 from policy_server.version_store import WEIGHTS, Kind, Version, VersionStore
-from policy_server.versions import RECENT, Versions
+from policy_server.versions import MOST_MODELS, RECENT, Versions
 
 FIRST = "f" * 64
 SLOTS = 3
@@ -216,6 +217,37 @@ def test_weights_for_which_the_disk_has_no_room_are_refused_before_they_are_sent
     with pytest.raises(Overloaded, match="the version store is full") as error:
         store.receive("full", 2**60)
     assert error.value.retry_after_ms > 0 and not list(tmp_path.iterdir())
+
+
+def test_what_is_still_to_come_of_other_uploads_is_no_room(tmp_path, monkeypatch):
+    store = VersionStore(tmp_path, first=FIRST, reserve_bytes=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    first = store.receive("full", 60)
+    with pytest.raises(Overloaded, match="the version store is full"):
+        store.receive("full", 60)
+    first.write(b"x" * 50)
+    store.receive("full", 60).discard()  # the other 50 are on the disk, which says so itself
+    with pytest.raises(Overloaded):
+        store.receive("full", 81)
+    first.discard()
+    store.receive("full", 90).discard()
+
+
+def test_more_whole_models_than_may_be_in_use_have_to_wait(server):
+    for number in range(MOST_MODELS + 2):
+        server.publish(str(number))
+    server.publish("an adapter", kind="lora")
+    server.pinned = set(range(1, MOST_MODELS + 1))
+    for version in server.pinned:
+        server.versions.weights(version)
+    server.pinned = {*server.pinned, MOST_MODELS + 1, MOST_MODELS + 3}
+    server.versions._held.pop(MOST_MODELS + 1)
+    with pytest.raises(Overloaded, match=f"{MOST_MODELS} whole models are in use") as refused:
+        server.versions.weights(MOST_MODELS + 1)
+    assert refused.value.retry_after_ms > 0
+    server.versions.weights(MOST_MODELS + 3)  # an adapter takes little
+    server.pinned = set(range(2, MOST_MODELS + 2))
+    server.versions.weights(MOST_MODELS + 1)
 
 
 def test_without_a_folder_versions_last_as_long_as_the_server():

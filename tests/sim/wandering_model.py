@@ -26,6 +26,9 @@ class WanderingModel:
     def prepare(self, observed):
         return None
 
+    def watch(self, gone) -> None:
+        pass
+
     def warm_up(self) -> None:
         pass
 

@@ -150,6 +150,7 @@ def test_a_7b_model_is_counted_without_its_memory() -> None:
     assert (adapter.frozen, adapter.trained_width) == (whole.numbers, 4)
     assert 0.01 < adapter.trained / whole.numbers < 0.02
     assert 14 < learner_bytes(adapter, reference=False) / GIB < 40
+    assert server_bytes(adapter, width=2) == 2 * adapter.numbers + 36 * adapter.trained
 
 
 def test_what_autograd_keeps_is_proportional_to_the_microbatch_and_the_same_without_memory(tiny_vla: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_divided_gpu_is_named_by_its_parts(visible: str | None, uuids: list[st
         # Two: workers share the server's.
         (FOUR, "1,0", ["GPU-aa11", "GPU-aa00"], ["4"] * 6, ""),
         (FOUR, "2", ["GPU-bb22"] * 2, ["2"] * 6, "workers render on the learner's GPU 2: no other visible GPU can"),
-        (ONE, None, ["GPU-aa00"] * 2, ["0"] * 6, "learner and server share GPU 0, 80 GiB"),
+        (ONE, None, ["GPU-aa00"] * 2, ["0"] * 6, "learner and server share GPU 0, 80 GiB: --server-sleeps makes room"),
         (FOUR, "", ["", ""], [None] * 6, "CUDA_VISIBLE_DEVICES='' leaves none of 4 GPUs: everything runs on the CPU"),
         (NONE, None, [None, None], [None] * 6, "no GPU was found: everything runs on the CPU"),
         # A divided GPU cannot draw: the whole one does.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,9 +17,10 @@ from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
-from protos import episode_pb2, policy_pb2
+from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.publisher import Publisher
 from rl_trainer.train import train
 from rl_trainer.train_config import TrainConfig
 from tests.server.running import RunningServer, serving
@@ -144,6 +146,31 @@ def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, 
     assert [versions(found[str(number)]) for number in range(4)] == [{0}, {0}, {1}, {2}]
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     assert set(found) == {"0", "1", "2", "3"}, "nothing is asked for that nobody will learn from"
+
+
+def test_a_server_sleeps_while_the_run_learns_and_at_no_other_time(tiny_vla: Path, tmp_path: Path, monkeypatch) -> None:
+    """The last run was killed while it slept."""
+    seen: list[tuple[str, int]] = []
+    update, prove = Learner.update, Publisher.prove
+    with (
+        practice(tiny_vla, tmp_path / "episodes") as server,
+        grpc.insecure_channel(server.admin_address) as channel,
+    ):
+        admin = admin_pb2_grpc.AdminStub(channel)
+
+        def watched(name: str, method):
+            def call(*args, **kwargs):
+                seen.append((name, admin.GetStatus(admin_pb2.GetStatusRequest()).state))
+                return method(*args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(Learner, "update", watched("update", update))
+        monkeypatch.setattr(Publisher, "prove", watched("prove", prove))
+        admin.Sleep(admin_pb2.SleepRequest(), timeout=60)
+        train(config_of(tmp_path, tiny_vla, server.address, server.admin_address, server_sleeps=True))
+    asleep, awake = admin_pb2.SERVER_STATE_ASLEEP, admin_pb2.SERVER_STATE_SERVING
+    assert seen == [("update", asleep), ("prove", awake)] * 2
 
 
 def test_a_run_that_would_be_measured_on_what_it_practises_is_refused(tiny_vla: Path, tmp_path: Path) -> None:

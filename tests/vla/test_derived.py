@@ -45,6 +45,7 @@ def test_only_what_differs_takes_memory(base: VLA, tmp_path: Path):
     own = {name for name, place in places(derived).items() if place != places(base)[name]}
     fused_with_it = {K_PROJ.replace("k_proj", other) for other in ("q_proj", "k_proj", "v_proj")}
     assert own == {HEAD, *fused_with_it}
+    assert {buffer.data_ptr() for buffer in derived.buffers()} == {buffer.data_ptr() for buffer in base.buffers()}
     for mine, theirs in zip(derived.language_model.model.layers[1:], base.language_model.model.layers[1:], strict=True):
         assert mine.self_attn.fused.weight.data_ptr() == theirs.self_attn.fused.weight.data_ptr()
 

@@ -6,21 +6,26 @@ Where there is CUDA the same laws hold of real graphs.
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from policy_server.vla.adapters import Adapter, Adapters
 from policy_server.vla.checkpoint import Checkpoint
 from policy_server.vla.decoding import decode
+from policy_server.vla.derived import with_tensors
 from policy_server.vla.graphs import PassGraphs
 from policy_server.vla.model import VLA
-from policy_server.vla.passes import DecodeInput, Laps, PassShape
+from policy_server.vla.passes import DecodeInput, Laps, Pass, PassShape
 from tests.vla.requests import random_requests
 from tests.vla.test_adapters import learner
+from tests.vla.test_derived import HEAD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [PassShape(batch=size, prompt_length=48) for size in (1, 2, 4)]
@@ -91,6 +96,34 @@ def test_what_fits_no_captured_pass_is_decoded_all_the_same(base, nano, adapters
         assert graphs.run(requests, Laps(base.device)) is None
         captured, eager = decode(base, requests, graphs=graphs), decode(base, requests)
         assert np.array_equal(captured.token_ids_BN, eager.token_ids_BN)
+
+
+def test_what_is_dropped_is_gone_at_once(base, nano, adapters, tmp_path, rng, monkeypatch):
+    """Without waiting for a collector of cycles: a pass with its caches, a model, what a layout's last adapter used."""
+    passes: list[ref[Pass]] = []
+    begin = Pass.__init__
+    monkeypatch.setattr(Pass, "__init__", lambda self, *args: (passes.append(ref(self)), begin(self, *args))[1])
+    gc.collect()
+    gc.disable()
+    try:
+        (tmp_path / "whole").mkdir()
+        save_file({HEAD: base.state_dict()[HEAD].cpu() + 0.25}, tmp_path / "whole" / "model.safetensors")
+        derived = with_tensors(base, tmp_path / "whole")
+        decode(derived, random_requests(nano, 2, rng))
+        model = ref(derived)
+        del derived
+        assert model() is None and len(passes) == 1 and passes[0]() is None
+
+        learner(base, tmp_path / "rank", rank=5)
+        last = adapters[0].home.load(tmp_path / "rank")
+        graphs = graphs_of(base, nano, last)
+        requests = [replace(one, adapter=last) for one in random_requests(nano, 2, rng)]
+        decode(base, requests, graphs=graphs), decode(base, requests)
+        family = ref(graphs._adapted[last.layout][True])
+        del last, requests
+        assert not graphs._adapted and family() is None
+    finally:
+        gc.enable()
 
 
 def test_row_by_row_a_pass_is_bitwise_the_same_for_any_neighbours(base, nano, adapters, rng):
