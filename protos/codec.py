@@ -82,8 +82,17 @@ def _fits(extents: tuple[int, ...], shape: Sequence[int | None]) -> bool:
     )
 
 
-def encode_image(pixels_HW3: np.ndarray, format: ImageFormat = "raw", *, quality: int = 95) -> tensor_pb2.Image:
-    """uint8 (H, W, 3) RGB as an Image.  JPEG is lossy (`quality` 1..100), raw and PNG are not."""
+def encode_image(
+    pixels_HW3: np.ndarray,
+    format: ImageFormat = "raw",
+    *,
+    quality: int = 95,
+    into: tensor_pb2.Image | None = None,
+) -> tensor_pb2.Image:
+    """uint8 (H, W, 3) RGB as an Image.  JPEG is lossy (`quality` 1..100), raw and PNG are not.
+
+    into: a part of a larger message to be filled, which saves copies of the pixels.
+    """
     if pixels_HW3.dtype != np.uint8 or pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3:
         raise TypeError(f"an image must be uint8 (H, W, 3), got {pixels_HW3.dtype} {pixels_HW3.shape}")
     height, width = pixels_HW3.shape[:2]
@@ -93,7 +102,9 @@ def encode_image(pixels_HW3: np.ndarray, format: ImageFormat = "raw", *, quality
         encoding, data = tensor_pb2.ENCODING_PNG, image.encode_png(pixels_HW3)
     else:
         encoding, data = tensor_pb2.ENCODING_RAW_RGB8, np.ascontiguousarray(pixels_HW3).tobytes()
-    return tensor_pb2.Image(encoding=encoding, height=height, width=width, data=data)
+    message = tensor_pb2.Image() if into is None else into
+    message.encoding, message.height, message.width, message.data = encoding, height, width, data
+    return message
 
 
 def decode_image(message: tensor_pb2.Image, field: str = "image") -> np.ndarray:

@@ -166,12 +166,8 @@ class PolicyClient:
     ) -> Future[Answer]:
         """One decision, not waited for; a failure is the future's PolicyError.  Cancel it when it comes too late."""
         spec = self._spec or self.spec()
-        request = policy_pb2.ActRequest(
-            episode_id=episode_id,
-            decision=decision,
-            observation=self._encode(observation),
-            executed=executed,
-        )
+        request = policy_pb2.ActRequest(episode_id=episode_id, decision=decision, executed=executed)
+        encode_observation(observation, self.image_format, into=request.observation)
         answer: Future[Answer] = Future()
         if self._stream is not None:
             reply = self._stream.ask(request)
@@ -198,13 +194,11 @@ class PolicyClient:
             outcome=f"OUTCOME_{outcome.upper()}",
             terminal=terminal,
             executed=executed,
-            final_observation=None if final_observation is None else self._encode(final_observation),
             message=message,
         )
+        if final_observation is not None:
+            encode_observation(final_observation, self.image_format, into=request.final_observation)
         self._persist(self._stub.EndEpisode, request, give_up_after_s)
-
-    def _encode(self, observation: Observation) -> episode_pb2.Observation:
-        return encode_observation(observation, self.image_format)
 
     def _settle(self, answer: Future[Answer], reply, request: policy_pb2.ActRequest, spec: PolicySpec) -> None:
         """Hands the outcome of the call over to whoever waits for the answer."""
@@ -240,11 +234,14 @@ class PolicyClient:
         return persist(attempt, give_up_after_s=self.give_up_after_s if give_up_after_s is None else give_up_after_s)
 
 
-def encode_observation(observation: Observation, image_format: ImageFormat) -> episode_pb2.Observation:
-    """The message that the observation travels as."""
-    return episode_pb2.Observation(
-        images={name: encode_image(pixels, image_format) for name, pixels in observation.images.items()},
-        state=encode_tensor(observation.state_S.astype("float32")) if observation.state_S.size else None,
-        instruction=observation.instruction,
-        capture_time_ns=observation.capture_time_ns,
-    )
+def encode_observation(
+    observation: Observation, image_format: ImageFormat, into: episode_pb2.Observation | None = None
+) -> episode_pb2.Observation:
+    """The message that the observation travels as; `into` as for encode_image()."""
+    message = episode_pb2.Observation() if into is None else into
+    for name, pixels in observation.images.items():
+        encode_image(pixels, image_format, into=message.images[name])
+    if observation.state_S.size:
+        message.state.CopyFrom(encode_tensor(observation.state_S.astype("float32")))
+    message.instruction, message.capture_time_ns = observation.instruction, observation.capture_time_ns
+    return message

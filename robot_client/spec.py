@@ -5,6 +5,7 @@ Shapes: A numbers an action, K actions an answer, N = K*A tokens, S state entrie
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,12 +36,15 @@ class ActionTokens:
 
     def actions(self, token_ids_N: np.ndarray) -> np.ndarray:
         """float64 (K, A): the actions that the ids stand for, by the formula in policy.proto."""
-        edges = np.linspace(-1.0, 1.0, self.bins)
-        centres = (edges[:-1] + edges[1:]) / 2
-        normalised = centres[np.clip(self.vocabulary - token_ids_N.astype(np.int64) - 1, 0, self.bins - 2)]
+        normalised = self._centres[np.clip(self.vocabulary - token_ids_N.astype(np.int64) - 1, 0, self.bins - 2)]
         normalised_KA = normalised.reshape(-1, len(self.low_A))
         scaled_KA = 0.5 * (normalised_KA + 1) * (self.high_A - self.low_A) + self.low_A
         return np.where(self.mask_A, scaled_KA, normalised_KA)
+
+    @functools.cached_property
+    def _centres(self) -> np.ndarray:
+        edges = np.linspace(-1.0, 1.0, self.bins)
+        return (edges[:-1] + edges[1:]) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
