@@ -2,16 +2,17 @@
 
     python -m benchmarks.transport [--rounds 40] [--calls 50]
 
-Each question is two raw 224 px images, eight numbers and a sentence; each answer a chunk of 8 actions of 7 numbers.
-Contenders, each with a client in a process of its own and one call at a time:
+Each question is two raw 224 px images, eight numbers and a sentence; each answer a chunk of 8 actions of 7 numbers,
+ours with tokens and log-probabilities besides.  Contenders, each a client in a process of its own, one call at a time:
 
-    ActStream, unary    robot_client's PolicyClient and our server, whole but for the model: observations are validated,
-                        episodes tracked, requests queued and batched; answers carry tokens and log-probabilities,
-                        which the client checks
-    openpi              openpi-client and a server of its protocol that does nothing (benchmarks/openpi_instant.py)
-    openpi door         openpi-client and our server's openpi port
+    ActStream, unary    our messages from arrays to arrays, and a server that does nothing but answer
+    openpi              openpi-client, and a server of its protocol that does nothing but answer
+                        (benchmarks/openpi_instant.py)
+    whole ActStream,    robot_client's PolicyClient, which checks what it gets, and our server, whole but for the model:
+    whole unary         observations are validated, episodes tracked, requests queued and batched
+    openpi door         openpi-client, and our whole server's openpi port
 
-Of ours, what validation and queue took is the server's own word.  Prints a table, writes
+Of a whole server, what validation and queue took is its own word.  Prints a table, writes
 benchmarks/results/transport.json.
 """
 
@@ -24,12 +25,15 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import grpc
 import numpy as np
 import tyro
 
@@ -37,11 +41,13 @@ from benchmarks.openpi_libero import openpi_environment
 from policy_server.batcher import DecodeAnswer, DecodeRequest
 from policy_server.engine import SWITCH_S
 from policy_server.observation import Observed
+from policy_server.server import OPTIONS as SERVER_OPTIONS
 from policy_server.server import PolicyServer
-from protos import policy_pb2
-from protos.codec import encode_tensor
+from protos import episode_pb2, policy_pb2, policy_pb2_grpc
+from protos.channel import MAX_MESSAGE_BYTES, OPTIONS
+from protos.codec import decode_tensor, encode_tensor
 from robot_client.arm import ArmSpec, Limits, Observation, Task
-from robot_client.client import PolicyClient
+from robot_client.client import PolicyClient, encode_observation
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
 
@@ -78,7 +84,7 @@ class Taken:
     """From there to the model."""
 
 
-# The server.
+# The servers.
 
 
 class InstantModel:
@@ -157,17 +163,82 @@ def serve(link: Connection) -> None:
     asyncio.run(life())
 
 
+class AnswerAtOnce(policy_pb2_grpc.PolicyServicer):
+    """Does not look, either."""
+
+    def __init__(self) -> None:
+        (answer,) = InstantModel().decode([None], [None], 0)  # pyright: ignore[reportArgumentType]
+        self._reply = policy_pb2.ActReply(
+            chunk=episode_pb2.Chunk(
+                actions=encode_tensor(answer.actions_KA),
+                token_ids=encode_tensor(answer.token_ids_N),
+                token_logprobs=encode_tensor(answer.token_logprobs_N),
+            )
+        )
+
+    async def Act(self, request: policy_pb2.ActRequest, context: Any) -> policy_pb2.ActReply:
+        return self._reply
+
+    async def ActStream(self, requests: AsyncIterator[policy_pb2.ActRequest], context: Any) -> None:
+        async for _ in requests:
+            await context.write(self._reply)
+
+
+def serve_at_once(link: Connection) -> None:
+    """As serve()."""
+
+    async def life() -> None:
+        server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
+        policy_pb2_grpc.add_PolicyServicer_to_server(AnswerAtOnce(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        link.send(port)
+        await asyncio.to_thread(link.recv)
+        await server.stop(None)
+
+    sys.setswitchinterval(SWITCH_S)
+    asyncio.run(life())
+
+
 # The clients.
 
 
-def ask(link: Connection, address: str, stream: bool) -> None:
-    """Ours, in a process of its own: makes as many calls as it is told, and tells what they took."""
+def seen() -> Observation:
     draw = np.random.default_rng(0)
-    seen = Observation(
+    return Observation(
         images={name: draw.integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8) for name in CAMERAS},
         state_S=draw.normal(size=STATE).astype(np.float32),
         instruction=INSTRUCTION,
     )
+
+
+def ask_at_once(link: Connection, address: str, stream: bool) -> None:
+    """In a process of its own: makes as many calls as it is told, and tells what they took."""
+    observation = seen()
+    with grpc.insecure_channel(address, options=OPTIONS) as channel, contextlib.suppress(EOFError):
+        policy = policy_pb2_grpc.PolicyStub(channel)
+        outbox = SimpleQueue[policy_pb2.ActRequest]()
+        replies = policy.ActStream(iter(outbox.get, None)) if stream else None
+        while True:
+            calls = []
+            for decision in range(link.recv()):
+                began_s = time.perf_counter()
+                request = policy_pb2.ActRequest(episode_id="an episode", decision=decision)
+                encode_observation(observation, "raw", into=request.observation)
+                if replies is None:
+                    reply = policy.Act(request)
+                else:
+                    outbox.put(request)
+                    reply = next(replies)
+                for tensor in (reply.chunk.actions, reply.chunk.token_ids, reply.chunk.token_logprobs):
+                    decode_tensor(tensor)
+                calls.append((1e3 * (time.perf_counter() - began_s),))
+            link.send(calls)
+
+
+def ask(link: Connection, address: str, stream: bool) -> None:
+    """As ask_at_once(), and tells what the server says of each."""
+    observation = seen()
     with PolicyClient(address, stream=stream) as client, contextlib.suppress(EOFError):
         spec = client.spec()
         arm = ArmSpec(
@@ -185,7 +256,7 @@ def ask(link: Connection, address: str, stream: bool) -> None:
             calls = []
             for _ in range(link.recv()):
                 began_s = time.perf_counter()
-                answer = client.act(episode.episode_id, decision, seen)
+                answer = client.act(episode.episode_id, decision, observation)
                 taken_ms = 1e3 * (time.perf_counter() - began_s)
                 calls.append((taken_ms, answer.timing.prepare_ms, answer.timing.queue_ms))
                 decision += 1
@@ -193,19 +264,15 @@ def ask(link: Connection, address: str, stream: bool) -> None:
 
 
 class Ours:
-    def __init__(self, address: str, *, stream: bool):
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        self._process = context.Process(target=ask, args=(theirs, address, stream), daemon=True)
-        self._process.start()
-        theirs.close()
+    def __init__(self, ask: Callable[[Connection, str, bool], None], address: str, *, stream: bool):
+        self._process, self._link = begun(ask, address, stream)
 
     def call(self, times: int, taken: Taken) -> None:
         self._link.send(times)
-        for round_trip_ms, validated_ms, queued_ms in self._link.recv():
-            taken.round_trip_ms.append(round_trip_ms)
-            taken.validated_ms.append(validated_ms)
-            taken.queued_ms.append(queued_ms)
+        columns = (taken.round_trip_ms, taken.validated_ms, taken.queued_ms)
+        for call in self._link.recv():
+            for column, value in zip(columns, call, strict=False):
+                column.append(value)
 
     def close(self) -> None:
         self._link.close()
@@ -232,6 +299,16 @@ class Theirs:
         self._process.wait()
 
 
+def begun(what: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
+    """A process, and the link that is its first argument."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=what, args=(there, *arguments), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
 def talking(python: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [python, THEIRS, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
@@ -240,22 +317,22 @@ def talking(python: Path, *arguments: str) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def contenders(python: Path) -> Iterator[dict[str, Ours | Theirs]]:
-    context = multiprocessing.get_context("spawn")
-    link, there = context.Pipe()
-    server = context.Process(target=serve, args=(there,))
-    server.start()
+    (server, link), (at_once, other_link) = begun(serve), begun(serve_at_once)
     instant = talking(python, "serve", str(CHUNK), str(ACTIONS))
     with contextlib.ExitStack() as stack:
-        stack.callback(server.join)
-        stack.callback(link.send, None)
+        for process, its_link in ((server, link), (at_once, other_link)):
+            stack.callback(process.join)
+            stack.callback(its_link.send, None)
         stack.callback(instant.wait)
         stack.callback(instant.kill)
-        port, openpi_port = link.recv()
+        (port, openpi_port), instant_port = link.recv(), other_link.recv()
         assert instant.stdout is not None
         named: dict[str, Ours | Theirs] = {
-            FLOOR: Ours(f"127.0.0.1:{port}", stream=True),
-            "unary": Ours(f"127.0.0.1:{port}", stream=False),
+            FLOOR: Ours(ask_at_once, f"127.0.0.1:{instant_port}", stream=True),
+            "unary": Ours(ask_at_once, f"127.0.0.1:{instant_port}", stream=False),
             AGAINST: Theirs(python, f"127.0.0.1:{int(instant.stdout.readline())}"),
+            "whole ActStream": Ours(ask, f"127.0.0.1:{port}", stream=True),
+            "whole unary": Ours(ask, f"127.0.0.1:{port}", stream=False),
             "openpi door": Theirs(python, f"127.0.0.1:{openpi_port}"),
         }
         for contender in named.values():

@@ -27,6 +27,7 @@ from sim.libero_arm import arm_spec
 from sim.pool import Deadlines, Pool
 from sim.report import EpisodeRecord, Report, rate_of
 from sim.scenes import default_budget_gb
+from sim.shifts import Shift, find_shift, in_world
 from sim.suites import Suite, find_suite
 from sim.worker import SERVER_PATIENCE_S, WorkerConfig, job_of, make_runner
 
@@ -64,6 +65,8 @@ class EvaluateConfig:
     """Which initial states: paper (LIBERO's 50), held_out (40-49), fresh (our list of new draws), train, tune."""
     episodes_per_task: int = 0
     """Use only the first so many states of the protocol's list; 0: all."""
+    shift: str = ""
+    """A shifted world (sim/shifts.py): camera, light, friction, objects or all; none given: the world as it is."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -85,10 +88,11 @@ class EvaluateConfig:
     max_error_share: float = 0.02
     """The exit code is 1 when a larger share of the episodes ended as errors."""
     out: Path | None = None
-    """Folder of the report; none given: runs/evaluate/<suite>-<protocol>-<sampling>-<time>."""
+    """Folder of the report; none given: one under runs/evaluate that says what it holds."""
 
     def __post_init__(self) -> None:
         find_suite(self.suite).states(self.protocol)
+        find_shift(self.shift)
         for name in ("processes", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -144,6 +148,7 @@ def carry_out(config: EvaluateConfig, spec: PolicySpec, rollouts: Sequence[Rollo
         credentials=config.credentials,
         slots=config.slots,
         replan_after=config.replan_after,
+        shift=find_shift(config.shift),
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
         videos=config.out / "videos" if config.out and config.videos else None,
         videos_per_outcome=config.videos,
@@ -187,9 +192,10 @@ def record_of(item: Finished) -> EpisodeRecord:
     )
 
 
-def shown_assets(suite: Suite) -> str:
+def shown_assets(suite: Suite, shift: Shift | None = None) -> str:
     """What is on screen, in words for a report."""
-    return f"LIBERO with {assets.asset_tree()}" if suite.simulator == "libero" else "robosuite's own assets"
+    tree = f"LIBERO with {assets.asset_tree()}" if suite.simulator == "libero" else "robosuite's own assets"
+    return in_world(tree, shift)
 
 
 def states_note(config: EvaluateConfig, suite: Suite) -> str:
@@ -217,7 +223,7 @@ def report_of(
         replan_after=config.replan_after,
         image_path=message.image_path,
         unnorm_key=message.unnorm_key,
-        assets=shown_assets(suite),
+        assets=shown_assets(suite, find_shift(config.shift)),
         temperature=config.temperature,
         seed=config.seed,
         processes=config.processes,
@@ -235,7 +241,8 @@ def default_folder(config: EvaluateConfig) -> Path:
     """A new folder under runs/evaluate that says what is in it."""
     sampling = "greedy" if config.temperature == 0 else f"t{config.temperature:g}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs/evaluate") / f"{config.suite}-{config.protocol}-{sampling}-{stamp}"
+    world = f"-{config.shift}" if config.shift else ""
+    return Path("runs/evaluate") / f"{config.suite}{world}-{config.protocol}-{sampling}-{stamp}"
 
 
 def main(config: EvaluateConfig) -> int:

@@ -22,12 +22,12 @@ from robot_client.rollout import Rollout
 from sim import assets
 from sim.evaluate import WORKER_ENVIRONMENT
 from sim.job_queue import Job
-from sim.libero_arm import SimulatedTask
+from sim.libero_arm import LiberoArm, SimulatedTask
 from sim.pool import Answer, Deadlines, Pool, Progress, Runner
-from sim.scene import Scene
 from sim.scenes import Scenes, default_budget_gb
+from sim.shifts import find_shift
 from sim.suites import SUITES, find_suite, find_task
-from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on
+from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on, scenes_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class LeasingConfig:
     """Episodes interleaved in each."""
     coarse_practice: bool = False
     """Training episodes are drawn with simplified meshes, in a third of the time; evaluations never are."""
+    shift: str = ""
+    """A shifted world (sim/shifts.py): camera, light, friction, objects or all; none given: the world as it is."""
     memory_gb: float = 0.0
     """Memory a process may fill before it drops scenes, GiB; 0: a share of the machine's."""
     step_deadline_s: float = 90.0
@@ -55,6 +57,7 @@ class LeasingConfig:
     def __post_init__(self) -> None:
         for suite in self.suites:
             find_suite(suite)
+        find_shift(self.shift)
         for name in ("processes", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -69,6 +72,7 @@ def main(config: LeasingConfig) -> int:
         slots=config.slots,
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
         coarse_practice=config.coarse_practice,
+        shift=find_shift(config.shift),
     )
     can_run = tuple(f"{suite}/*" for suite in config.suites or suites_here())
     logger.info("%d processes take rollouts of %s from %s", config.processes, ", ".join(can_run), config.server)
@@ -94,7 +98,7 @@ def suites_here() -> tuple[str, ...]:
 
 def make_runner(config: WorkerConfig, can_run: tuple[str, ...]) -> Runner:
     """What a process runs; called in that process."""
-    scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
+    scenes = scenes_of(config)
     client = PolicyClient(config.server, credentials=config.credentials, give_up_after_s=SERVER_PATIENCE_S)
     leases = Leases(config.server, worker=worker_name(), can_run=can_run, credentials=config.credentials)
     return functools.partial(_man_post, config, client, leases, scenes)
@@ -110,23 +114,22 @@ def _man_post(
         lease = leases.await_one(holds=scenes.held)
         if lease is None:
             continue
+        progress("build")
         try:
-            find_task(lease.rollout.task)
+            arms = arms_on(scenes, lease.rollout.task, client, config.slots)
         except ValueError as error:
             leases.give_back(lease.lease_id, str(error))
         else:
-            progress("build")
-            _run_leases(config, client, leases, scenes, lease, progress)
+            _run_leases(config, client, leases, arms, lease, progress)
             scenes.require_budget()
     yield
 
 
 def _run_leases(
-    config: WorkerConfig, client: PolicyClient, leases: Leases, scenes: Scenes, first: Lease, progress: Progress
+    config: WorkerConfig, client: PolicyClient, leases: Leases, arms: list[LiberoArm], first: Lease, progress: Progress
 ) -> None:
     """Runs one lease and, interleaved with it, whatever else there is to do on its scene."""
     task = first.rollout.task
-    arms = arms_on(scenes, task, client, config.slots)
 
     def rollouts() -> Iterator[Rollout]:
         lease: Lease | None = first

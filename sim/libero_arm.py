@@ -20,6 +20,7 @@ from robot_client.arm import ACTION_NAMES, STATE_NAMES, ArmSpec, ArmState, Limit
 from robot_client.errors import ArmError
 from sim import assets
 from sim.scene import Scene, State
+from sim.shifts import find_shift, in_world
 from sim.suites import Task as SuiteTask
 from sim.suites import find_task
 
@@ -77,7 +78,8 @@ class LiberoArm:
     @property
     def spec(self) -> ArmSpec:
         spec = arm_spec(self._scene.task, tuple(self._image_sizes))
-        return replace(spec, asset_tree=f"{spec.asset_tree}, coarse meshes") if self._coarse else spec
+        tree = in_world(spec.asset_tree, self._scene.shift)
+        return replace(spec, asset_tree=f"{tree}, coarse meshes" if self._coarse else tree)
 
     def reset(self, task: Task) -> None:
         """Starts an episode from task.initial_state; when that is empty, from the first of the train split."""
@@ -147,11 +149,15 @@ class LiberoArm:
         self._scene.occupant = self
 
 
-def build_arm(*, task_id: str = "libero_object/0", camera: str = "agentview", size_px: int = 128) -> LiberoArm:
+def build_arm(
+    *, task_id: str = "libero_object/0", camera: str = "agentview", size_px: int = 128, shift: str = ""
+) -> LiberoArm:
     """An arm with a scene of its own.
 
     task_id: suite and index, e.g. libero_object/0 or robosuite/0.
     camera: the camera to render.
     size_px: side of its images.
+    shift: name of a shifted world (sim/shifts.py), e.g. camera or light; empty: the world as it is.
     """
-    return LiberoArm(scene=Scene(find_task(task_id)), image_sizes={camera: (size_px, size_px)})
+    scene = Scene(find_task(task_id), shift=find_shift(shift))
+    return LiberoArm(scene=scene, image_sizes={camera: (size_px, size_px)})

@@ -17,6 +17,7 @@ from sim.initial_states import fixed_state, fresh_seed
 from sim.mujoco_library import free_build_memory
 from sim.placement import Placement, numpy_generator
 from sim.renderer import SceneRenderer
+from sim.shifts import Shift
 from sim.stepping import FastStepper, Registers, Stepper, StockStepper
 from sim.suites import Task
 
@@ -54,15 +55,18 @@ class Scene:
     """A task's model, data, controller and lazy renderers.  Not thread-safe; one process may hold several.
 
     `data` holds what the stock simulator's would after the same actions.  `render` and `proprio` show what its
-    observation would: robosuite samples a little before the end of a tick.
+    observation would: robosuite samples a little before the end of a tick.  `shift` is what is changed in its world.
     """
 
-    def __init__(self, task: Task, *, fast: bool = True) -> None:
+    def __init__(self, task: Task, *, fast: bool = True, shift: Shift | None = None) -> None:
         self.task = task
+        self.shift = shift
         self.occupant: Occupant | None = None
         # The constructor draws a placement that nobody sees, and the size of robosuite's cube.
         with numpy_generator(np.random.RandomState(PROTOCOL_SEED).get_state()):
             self.env = _build_env(task)
+        if shift is not None:
+            shift.apply(self.env)
         free_build_memory()
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data

@@ -30,6 +30,7 @@ from sim.pool import Answer, Progress, Runner
 from sim.report import EpisodeRecord
 from sim.scene import Scene
 from sim.scenes import Scenes
+from sim.shifts import Shift
 from sim.suites import find_task
 from sim.video import VideoError, write_mp4
 
@@ -53,6 +54,8 @@ class WorkerConfig:
     """execute only the first so many actions of each chunk; 0: all"""
     coarse_practice: bool = False
     """training episodes are drawn with simplified meshes"""
+    shift: Shift | None = None
+    """what is changed in the world"""
     memory_gb: float
     """size above which a process drops scenes, and then retires"""
     videos: Path | None = None
@@ -71,9 +74,14 @@ def job_of(rollout: Rollout) -> Job:
     return Job(key=key_of(rollout), group=rollout.task.name, payload=rollout)
 
 
+def scenes_of(config: WorkerConfig) -> Scenes:
+    """Where this process keeps its scenes; asking for one raises ValueError for a task or world there cannot be."""
+    return Scenes(lambda task_id: Scene(find_task(task_id), shift=config.shift), budget_gb=config.memory_gb)
+
+
 def make_runner(config: WorkerConfig) -> Runner:
     """What the worker process runs; called in that process."""
-    scenes = Scenes(lambda task_id: Scene(find_task(task_id)), budget_gb=config.memory_gb)
+    scenes = scenes_of(config)
     client = connect(config.server, credentials=config.credentials, give_up_after_s=SERVER_PATIENCE_S)
     return functools.partial(_run_group, config, client, scenes)
 

@@ -80,6 +80,9 @@ class RealSenseSource:
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
             with contextlib.suppress(RuntimeError):  # it may have stopped by itself, with the device
+                device = pipeline.get_active_profile().get_device()
+                if device.is_playback():
+                    device.as_playback().pause()  # a recording that begins again just now crashes in a stop
                 pipeline.stop()
 
     def _chosen(self):

@@ -41,9 +41,9 @@ def status(server: RunningServer) -> rollout_pb2.QueueStatus:
 
 
 @contextmanager
-def worker(server: RunningServer) -> Iterator[subprocess.Popen]:
+def worker(server: RunningServer, *flags: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "sim", "worker", "--server", server.address, "--suites", "robosuite"]
-    child = subprocess.Popen([*command, "--processes", "1", "--slots", "2"])
+    child = subprocess.Popen([*command, "--processes", "1", "--slots", "2", *flags])
     try:
         yield child
     finally:
@@ -86,6 +86,22 @@ def test_work_that_cannot_be_run_is_set_aside_and_the_rest_goes_on(tmp_path: Pat
         aside = {item.rollout.rollout_id: item.errors for item in status(server).set_aside}
     assert all(len(errors) == 3 for errors in aside.values())
     assert "99" in aside[no_task.rollout_id][0] and "'17'" in aside[no_state.rollout_id][0]
+
+
+def test_a_worker_in_a_shifted_world_says_so_in_its_episodes(tmp_path: Path) -> None:
+    with serving(WanderingModel(), episodes=tmp_path, max_batch=8) as server, worker(server, "--shift", "camera"):
+        server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts(1)))
+        eventually(lambda: status(server).done == 1, within_s=200)
+    (episode,) = (read_episode(path) for path in tmp_path.glob("*.episode"))
+    assert episode.start.asset_tree == "robosuite's own+shift:camera"
+
+
+def test_work_that_cannot_be_shifted_is_set_aside(tmp_path: Path) -> None:
+    with serving(WanderingModel(), episodes=tmp_path, max_batch=8) as server, worker(server, "--shift", "objects"):
+        server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts(1)))
+        eventually(lambda: len(status(server).set_aside) == 1, within_s=200)
+        (aside,) = status(server).set_aside
+    assert len(aside.errors) == 3 and "distractors must be there" in aside.errors[0]
 
 
 def test_suites_and_sizes_that_make_no_sense_are_refused() -> None:
