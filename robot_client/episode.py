@@ -36,9 +36,10 @@ from robot_client.spec import PolicySpec
 class EpisodeConfig:
     """How an arm follows a policy."""
 
-    ahead_ticks: int | None = None
-    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, None as long before as
-    the latest answers took (in lockstep, where no time passes, latency_ticks)."""
+    ahead_ticks: int | None = 0
+    """Ask for the next chunk when so many actions remain; 0 asks when the chunk is exhausted, and holds until it is
+    there, as a policy is trained; None asks as long before as the latest answers took (in lockstep, where no time
+    passes, latency_ticks), and then the arm has moved on from what the policy saw."""
     overlap: Overlap = "latest"
     """Asked ahead, whose action is executed where two chunks have one: the older one's (in_order), the newer one's
     (latest), or a mean (blend), from which nothing can be learned."""
