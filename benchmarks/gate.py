@@ -1,0 +1,244 @@
+"""The promotion gate on simulated streams of episodes: how often it errs, how often it finds, and what that takes.
+
+    python -m benchmarks.gate [--streams 10000] [--trouble-streams 2000] [--rule.max-episodes 100]
+
+Every stream goes through the real `judge`, after each episode and up to its first verdict; `takes_candidate` says whose
+turn it is.  In a world without trouble the two versions differ in success alone; in one with trouble they succeed
+alike, and an episode is held or clipped in 80 % of its ticks when the arm gets stuck, else about as much as the world
+says.
+
+A stated error counts as held when the upper end of its interval is not above it in any world that it is about.
+Intervals are Clopper and Pearson's at 95 %.  Prints a table, writes benchmarks/results/gate.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy.stats import binomtest
+
+from policy_server.gate import LEVELS, GateRule, Tally, judge, takes_candidate
+
+TICKS = 150
+"""Of an episode."""
+STUCK = 0.8
+SPREAD = 0.3
+"""Standard deviation of an episode's share of held or clipped ticks, as a part of the mean."""
+ENDS = ("promote", "roll back: success", "roll back: trouble", "undecided")
+PARTS = (0.25, 0.5, 0.75, 1.0)
+"""Of the most episodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Measures the gate's errors, its power, and how long it takes."""
+
+    streams: int = 10_000
+    """in each world without trouble"""
+    trouble_streams: int = 2000
+    """in each world with trouble, where hardly two streams have the same counts"""
+    rule: GateRule = field(default_factory=GateRule)
+    seed: int = 0
+    json: Path = Path(__file__).parent / "results" / "gate.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Two versions, (live, candidate)."""
+
+    name: str
+    success: tuple[float, float]
+    """probability"""
+    trouble: tuple[float, float] = (0.0, 0.0)
+    """mean share of an episode's ticks that are held or clipped while the arm is not stuck"""
+    stuck: tuple[float, float] = (0.0, 0.0)
+    """probability that it gets stuck in an episode"""
+
+
+CANDIDATES = {
+    0.2: (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
+    0.5: (0.0, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8),
+    0.8: (0.0, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0),
+}
+"""Live -> candidates: worse by two margins, one, and half of one, equal, better; and one that never succeeds."""
+SUCCESS_WORLDS = [
+    World(name=f"success {live:.2f} and {candidate:.2f}", success=(live, candidate))
+    for live, candidates in CANDIDATES.items()
+    for candidate in candidates
+]
+TROUBLE_WORLDS = [
+    World(name=name, success=(0.5, 0.5), trouble=trouble, stuck=stuck)
+    for name, trouble, stuck in (
+        ("trouble 5 %, alike", (0.05, 0.05), (0.0, 0.0)),
+        ("trouble 45 %, alike", (0.45, 0.45), (0.0, 0.0)),
+        ("stuck 1 in 5, alike", (0.05, 0.05), (0.2, 0.2)),
+        ("trouble 5 to 10 %", (0.05, 0.1), (0.0, 0.0)),
+        ("trouble 5 to 30 %", (0.05, 0.3), (0.0, 0.0)),
+        ("trouble 5 to 90 %", (0.05, 0.9), (0.0, 0.0)),
+        ("trouble 45 to 90 %", (0.45, 0.9), (0.0, 0.0)),
+        ("stuck 1 in 5 to 1 in 2", (0.05, 0.05), (0.2, 0.5)),
+        ("stuck never to always", (0.05, 0.05), (0.0, 1.0)),
+    )
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A share of the streams, and its interval."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:6.2f} [{100 * self.low:5.2f}, {100 * self.high:6.2f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What came of a world's streams."""
+
+    world: World
+    ends: dict[str, Rate]
+    mean_episodes: float
+    """of the candidate until the verdict"""
+    median_episodes: dict[str, float]
+    """the same, by verdict"""
+    promoted_within: dict[int, float]
+    """episodes of the candidate -> share of the streams"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """A stated error, and the world that comes closest to it."""
+
+    text: str
+    stated: float
+    worst: Rate
+    world: str
+    held: bool
+
+
+def main(config: GateConfig) -> int:
+    started_s = time.process_time()
+    rng = np.random.default_rng(config.seed)
+    rows = [measured(world, config.streams, config.rule, rng) for world in SUCCESS_WORLDS]
+    rows += [measured(world, config.trouble_streams, config.rule, rng) for world in TROUBLE_WORLDS]
+    laws = laws_of(rows, config.rule)
+    cpu_s = time.process_time() - started_s
+    print_table(rows, laws)
+    print(f"{config.streams} streams in a world, {config.trouble_streams} with trouble; {cpu_s:.0f} s of CPU")
+    figures = {
+        "streams": config.streams,
+        "trouble_streams": config.trouble_streams,
+        "rule": asdict(config.rule),
+        "seed": config.seed,
+        "rows": [asdict(row) for row in rows],
+        "laws": [asdict(law) for law in laws],
+        "cpu_s": round(cpu_s),
+    }
+    config.json.parent.mkdir(parents=True, exist_ok=True)
+    config.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return int(not all(law.held for law in laws))
+
+
+def measured(world: World, streams: int, rule: GateRule, rng: np.random.Generator) -> Row:
+    end_S, episodes_S = simulated(world, streams, rule, rng)
+    within = [round(part * rule.max_episodes) for part in PARTS]
+    return Row(
+        world=world,
+        ends={end: rate(int((end_S == end).sum()), streams) for end in ENDS},
+        mean_episodes=float(episodes_S.mean()),
+        median_episodes={end: float(np.median(episodes_S[end_S == end])) for end in np.unique(end_S).tolist()},
+        promoted_within={most: float(((end_S == "promote") & (episodes_S <= most)).mean()) for most in within},
+    )
+
+
+def simulated(world: World, streams: int, rule: GateRule, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """str (S,), how each stream ends, one of ENDS, and int (S,), episodes of the candidate until then."""
+    counts_S2C = np.zeros((streams, 2, 3 + len(LEVELS)), int)
+    end_S = np.full(streams, "open", dtype=f"U{max(map(len, ENDS))}")
+    while len(open_n := np.flatnonzero(end_S == "open")):
+        turn_n = np.array([takes_candidate(rule, draw) for draw in rng.random(len(open_n)).tolist()], int)
+        counts_S2C[open_n, turn_n] += episodes(world, turn_n, rng)
+        end_S[open_n] = judged(counts_S2C[open_n], rule)
+    return end_S, counts_S2C[:, 1, 0]
+
+
+def episodes(world: World, turn_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int (n, C): one of the live version where turn is 0, else of the candidate, as `tally` reads it."""
+    success_n, stuck_n = rng.random((2, len(turn_n))) < np.array([world.success, world.stuck])[:, turn_n]
+    mean_n = np.where(stuck_n, STUCK, np.array(world.trouble)[turn_n])
+    clips_n = np.rint(TICKS * np.clip(mean_n * rng.normal(1, SPREAD, len(turn_n)), 0, 1))
+    above_nL = clips_n[:, None] / TICKS > LEVELS
+    return np.column_stack([np.ones(len(turn_n)), success_n, clips_n, above_nL]).astype(int)
+
+
+def tally(counts_C: Sequence[int]) -> Tally:
+    """counts: episodes, successes, clipped ticks, and the episodes above each level."""
+    n, successes, clips, *above = counts_C
+    return Tally(episodes=n, successes=successes, ticks=n * TICKS, clips=clips, above=tuple(above))
+
+
+def judged(counts_n2C: np.ndarray, rule: GateRule) -> list[str]:
+    """For each stream `open` or one of ENDS; streams with the same counts are judged once."""
+    streams = [(tuple(live), tuple(candidate)) for live, candidate in counts_n2C.tolist()]
+    ends = {stream: end(rule, *map(tally, stream)) for stream in set(streams)}
+    return [ends[stream] for stream in streams]
+
+
+def end(rule: GateRule, live: Tally, candidate: Tally) -> str:
+    """The verdict, and for a roll-back what led to it."""
+    judgement = judge(rule, live, candidate)
+    if judgement.verdict != "roll back":
+        return judgement.verdict
+    return f"roll back: {'trouble' if judgement.trouble_e >= 1 / rule.trouble_error else 'success'}"
+
+
+def rate(count: int, streams: int) -> Rate:
+    interval = binomtest(count, streams).proportion_ci(0.95, method="exact")
+    return Rate(share=count / streams, low=float(interval.low), high=float(interval.high))
+
+
+def laws_of(rows: Sequence[Row], rule: GateRule) -> list[Law]:
+    """The three stated errors, over the worlds in which a verdict would be one."""
+
+    def law(text: str, verdict: str, stated: float, among: Sequence[Row]) -> Law:
+        worst = max(among, key=lambda row: row.ends[verdict].high)
+        highest = worst.ends[verdict]
+        return Law(text=text, stated=stated, worst=highest, world=worst.world.name, held=highest.high <= stated)
+
+    def gain(world: World) -> float:
+        return round(world.success[1] - world.success[0], 9)
+
+    worse = [row for row in rows if gain(row.world) <= -rule.margin]
+    as_good = [row for row in rows if gain(row.world) >= 0]
+    as_calm = [row for row in rows if len(set(row.world.trouble)) == len(set(row.world.stuck)) == 1]
+    return [
+        law("worse by the margin or more, and promoted", "promote", rule.promote_error, worse),
+        law("as good or better, and rolled back for failing", "roll back: success", rule.rollback_error, as_good),
+        law("as calm, and rolled back for trouble", "roll back: trouble", rule.trouble_error, as_calm),
+    ]
+
+
+def print_table(rows: Sequence[Row], laws: Sequence[Law]) -> None:
+    columns = f"{'promote':<23}{'failing':<23}{'trouble':<23}undecided  episodes"
+    print(f"{'% of streams':<32}{columns}  promoted within {[*rows[0].promoted_within]}")
+    for row in rows:
+        rates = "".join(f"{row.ends[verdict]!s:<23}" for verdict in ENDS[:3])
+        within = " / ".join(f"{100 * share:.0f}" for share in row.promoted_within.values())
+        print(f"{row.world.name:<32}{rates}{100 * row.ends['undecided'].share:9.2f} {row.mean_episodes:9.1f}  {within}")
+    for law in laws:
+        said = "held  " if law.held else "BROKEN"
+        print(f"{said} {law.text}: stated {law.stated:.0%}; the most {law.worst} %, {law.world}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(GateConfig, description=__doc__)))
