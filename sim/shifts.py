@@ -144,7 +144,7 @@ class Shift:
             change.apply(env)
 
 
-# Fixed for good: a report names a world by these names.  In `all` each change is half of what it is alone, or less.
+# Fixed for good: a report names a world by these names.  In `all` each change is about half of what it is alone.
 SHIFTS: dict[str, Shift] = {
     shift.name: shift
     for shift in (
