@@ -74,7 +74,7 @@ class PolicyServicer(object):
 
     def EndEpisode(self, request, context):
         """Closes an episode.  Acknowledged once it is safely on disk (when the server stores episodes); a second call with
-        the same id does nothing.
+        the same id does nothing.  FAILED_PRECONDITION for one that the server has closed, with the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
