@@ -50,11 +50,11 @@ from robot_client.arm import ArmSpec, Limits, Observation, Task
 from robot_client.client import PolicyClient, encode_observation
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
+from tests.client.scripted_policy import BINS, VOCABULARY, spec_of
 
 RESULT = Path(__file__).parent / "results" / "transport.json"
 THEIRS = Path(__file__).with_name("openpi_instant.py")
 CAMERAS, SIDE_PX, STATE, ACTIONS, CHUNK = ("agentview", "robot0_eye_in_hand"), 224, 8, 7, 8
-BINS, VOCABULARY = 256, 32000
 INSTRUCTION = "pick up the black bowl and place it on the plate"
 FLOOR, AGAINST = "ActStream", "openpi"
 WARM_UP_CALLS = 200
@@ -93,28 +93,12 @@ class InstantModel:
     first, lanes, max_weights_bytes = None, 1, 0
 
     def __init__(self) -> None:
-        self.spec = policy_pb2.PolicySpec(
-            model="instant",
-            base_fingerprint="0" * 64,
-            action=[policy_pb2.Dimension(name=f"action_{a}", unit="1", low=-1, high=1) for a in range(ACTIONS)],
-            action_tokens=policy_pb2.ActionTokens(
-                bins=BINS,
-                vocabulary=VOCABULARY,
-                low=encode_tensor(-np.ones(ACTIONS)),
-                high=encode_tensor(np.ones(ACTIONS)),
-                mask=encode_tensor(np.ones(ACTIONS, np.uint8)),
-            ),
-            chunk_length=CHUNK,
-            tick_rate_hz=20,
-            images=[
-                policy_pb2.ImageSpec(name=name, height=SIDE_PX, width=SIDE_PX, resize="lanczos3") for name in CAMERAS
-            ],
-            state=[policy_pb2.Dimension(name=f"state_{s}", unit="1") for s in range(STATE)],
-            max_instruction_tokens=64,
-            max_image_bytes=16 * 2**20,
-            image_path="plain",
-            unnorm_key="instant",
-        )
+        self.spec = spec_of(chunk_length=CHUNK)
+        del self.spec.images[:], self.spec.state[:], self.spec.versions[:]
+        for name in CAMERAS:
+            self.spec.images.add(name=name, height=SIDE_PX, width=SIDE_PX, resize="lanczos3")
+        for s in range(STATE):
+            self.spec.state.add(name=f"state_{s}", unit="1")
         token_ids_N = np.arange(CHUNK * ACTIONS, dtype=np.int32) + np.int32(VOCABULARY - BINS)
         self._answer = DecodeAnswer(
             actions_KA=PolicySpec.of(self.spec).tokens.actions(token_ids_N).astype(np.float32),

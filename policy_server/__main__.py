@@ -23,7 +23,8 @@ from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart, EngineGone
 from policy_server.loading import opened
 from policy_server.logs import configure as configure_log
-from policy_server.server import Model, PolicyServer
+from policy_server.model import Model
+from policy_server.server import PolicyServer
 from policy_server.version_store import VersionStore
 from protos.channel import address_of
 

@@ -12,7 +12,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
@@ -74,7 +73,7 @@ class Episode:
     @property
     def robot(self) -> tuple[str, str]:
         """Its arm and the address that it calls from."""
-        return self.start.arm, unquote(self.client).partition(":")[2]
+        return self.start.arm, self.client.partition(":")[2]
 
     @property
     def decisions(self) -> int:

@@ -29,6 +29,7 @@ from policy_server.config import ServeConfig
 from policy_server.engine import SWITCH_S
 from policy_server.errors import EngineGone, InternalFault, PolicyServerError
 from policy_server.logs import configure as configure_log
+from policy_server.model import share_a_pass
 from policy_server.preparer import Preparer
 from policy_server.version_store import Kind
 from protos import policy_pb2
@@ -83,7 +84,7 @@ class RemoteModel:
         self._each(lambda process: process.compute("warm_up"))
 
     def together(self, weights: Sequence[Key]) -> bool:
-        return len({key.vla for key in weights}) == 1 and len({key.layout for key in weights} - {""}) <= 1
+        return share_a_pass(weights)
 
     def decode(self, requests: Sequence[DecodeRequest], weights: Sequence[Key], lane: int = 0) -> list[DecodeAnswer]:
         return self._processes[lane].compute("decode", list(requests), [key.number for key in weights])

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
@@ -25,7 +25,8 @@ from policy_server.episodes import DEFAULT_CLIENT_EPISODES, Episodes
 from policy_server.errors import CannotStart, Overloaded, Unavailable
 from policy_server.http import HttpDoor, cannot_listen
 from policy_server.metrics import Metrics, ServerState
-from policy_server.observation import Observed, max_request_bytes
+from policy_server.model import Model
+from policy_server.observation import max_request_bytes
 from policy_server.openpi import OpenpiDoor
 from policy_server.refusals import DRAINING, RETRY_SOON_MS, WARMING
 from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
@@ -68,73 +69,6 @@ OPTIONS = [
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
 ]
-
-
-class Model(Protocol):
-    """What the server needs of a policy.  `Any` where weights are meant: what first or build() gave."""
-
-    @property
-    def first(self) -> Any:
-        """The weights it begins with."""
-        ...
-
-    @property
-    def spec(self) -> policy_pb2.PolicySpec:
-        """All of PolicySpec but the versions and whether episodes are stored."""
-        ...
-
-    def prepare(self, observed: Observed) -> Any:
-        """An observation as decode() wants it; runs in any thread.  Raises BadRequest."""
-        ...
-
-    def together(self, weights: Sequence[Any]) -> bool:
-        """Whether one pass can use them all, each for its own requests."""
-        ...
-
-    @property
-    def lanes(self) -> int:
-        """How many passes can run beside each other."""
-        ...
-
-    def decode(self, requests: Sequence[DecodeRequest], weights: Sequence[Any], lane: int) -> list[DecodeAnswer]:
-        """One pass, each request with its own weights; from one thread for each lane.  Raises EngineGone."""
-        ...
-
-    def warm_up(self) -> None:
-        """Everything that makes the first answers slow.  Raises CannotStart where the device has no room for it."""
-        ...
-
-    def watch(self, gone: Callable[[], object]) -> None:
-        """From now on gone() is called, in any thread, when the model is lost."""
-        ...
-
-    def build(self, folder: Path, kind: Kind) -> Any:
-        """The weights in a folder, on the device; nothing of others changes.
-
-        Raises BadRequest, and Overloaded where the device has no room.
-        """
-        ...
-
-    def score(self, prepared: Sequence[Any], token_ids_BN: np.ndarray, temperature: float, weights: Any) -> np.ndarray:
-        """float32 log-probabilities (B, N) of given tokens in one pass."""
-        ...
-
-    def fingerprint(self, weights: Any) -> str:
-        """SHA-256 over the tensors as they lie on the device."""
-        ...
-
-    def sleep(self) -> int:
-        """All weights off the device, which then has none to decode with; gives how many bytes they are."""
-        ...
-
-    def wake(self) -> None:
-        """Back on it, as they were.  Raises Overloaded where it has no room, and then they sleep on."""
-        ...
-
-    @property
-    def max_weights_bytes(self) -> int:
-        """The largest file that build() could have a use for."""
-        ...
 
 
 class PolicyServer:
@@ -310,14 +244,14 @@ class PolicyServer:
     async def _quiet(self, within_s: float) -> None:
         """Returns when nobody is at work.  Raises Overloaded when that takes longer, Unavailable when it drains."""
         ends_s = time.monotonic() + within_s
-        while at_work := self._work.leased + sum(episode.lease is None for episode in self._episodes.open):
+        while not self._draining.is_set():
+            at_work = self._work.leased + sum(episode.lease is None for episode in self._episodes.open)
+            if not at_work:
+                return
             if time.monotonic() >= ends_s:
                 raise Overloaded(f"{at_work} episodes are at work, and must end first", retry_after_ms=RETRY_SOON_MS)
-            if self._draining.is_set():
-                break
             await asyncio.sleep(LOOK_S)
-        if self._draining.is_set():
-            raise Unavailable(DRAINING)
+        raise Unavailable(DRAINING)
 
     async def wake(self) -> None:
         """Serves again.  Raises Overloaded where the device has no room for the weights."""
@@ -463,10 +397,9 @@ class PolicyServer:
         return self._model.decode(requests, weights, lane)
 
     def _engine_gone(self) -> None:
-        if not self.engine_is_gone:
-            self.engine_is_gone = True
-            log.critical("the process that runs the model died: the server stops")
-            asyncio.run_coroutine_threadsafe(self.drain(0.0), self._loop)
+        self.engine_is_gone = True
+        log.critical("the process that runs the model died: the server stops")
+        asyncio.run_coroutine_threadsafe(self.drain(0.0), self._loop)
 
     def _score(self, version: int, prepared: list[Any], token_ids_BN: np.ndarray, temperature: float) -> np.ndarray:
         return self._model.score(prepared, token_ids_BN, temperature, self._versions.weights(version))

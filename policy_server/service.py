@@ -293,9 +293,10 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     def _check_end(self, request: policy_pb2.EndEpisodeRequest) -> None:
         check_choice(request.outcome, episode_pb2.Outcome, "must say how the episode ended", field="outcome")
         check_ticks(request.executed, len(self._spec.action))
-        check_cameras(request.final_observation, field="final_observation")
         # An episode that ended in an error is taken whatever it saw last: the frame may be the error.
-        if request.HasField("final_observation") and request.outcome != episode_pb2.OUTCOME_ERROR:
+        if request.outcome == episode_pb2.OUTCOME_ERROR:
+            check_cameras(request.final_observation, field="final_observation")
+        elif request.HasField("final_observation"):
             read_observation(request.final_observation, self._spec, field="final_observation")
 
     def _begin_close(

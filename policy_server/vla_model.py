@@ -15,6 +15,7 @@ import torch
 
 from policy_server.batcher import DecodeAnswer, DecodeRequest
 from policy_server.errors import BadRequest, CannotStart, Overloaded, Unavailable
+from policy_server.model import share_a_pass
 from policy_server.observation import Observed
 from policy_server.preparer import Preparer
 from policy_server.refusals import ASLEEP, RETRY_SOON_MS
@@ -92,7 +93,7 @@ class VlaModel:
         self.prepare = Preparer(preprocessor=policy.preprocessor, camera=policy.config.camera)
 
     def together(self, weights: Sequence[Weights]) -> bool:
-        return len({one.vla for one in weights}) == 1 and len({one.layout for one in weights} - {""}) <= 1
+        return share_a_pass(weights)
 
     def decode(
         self, requests: Sequence[DecodeRequest], weights: Sequence[Weights], lane: int = 0

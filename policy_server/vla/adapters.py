@@ -164,11 +164,12 @@ class Adapters:
         first = adapters[0]
         if first is not None and not row_by_row and all(adapter is first for adapter in adapters):
             return layout.views(first.flat)
-        if self._batch is None or self._batch[0] != rows_of(adapters):  # robots that came together mostly do so again
+        rows = rows_of(adapters)
+        if self._batch is None or self._batch[0] != rows:  # robots that came together mostly do so again
             some = next(adapter.flat for adapter in adapters if adapter is not None)
             none = torch.zeros_like(some)
             stacked = torch.stack([none if adapter is None else adapter.flat for adapter in adapters])
-            self._batch = rows_of(adapters), layout.views(stacked)
+            self._batch = rows, layout.views(stacked)
         return self._batch[1]
 
 

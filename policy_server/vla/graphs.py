@@ -122,12 +122,13 @@ class _Adapted:
 
     @torch.inference_mode()
     def take(self, adapters: list[Adapter | None]) -> None:
-        if self._held == rows_of(adapters):  # robots that came together mostly do so again
+        held = rows_of(adapters)
+        if self._held == held:  # robots that came together mostly do so again
             return
         rows = [self._factors] if self._alike else self._factors
         for row, adapter in zip(rows, adapters, strict=False):
             row.zero_() if adapter is None else row.copy_(adapter.flat)
-        self._held = rows_of(adapters)
+        self._held = held
 
 
 def _graph(phase: Callable[[], None], pool: Any) -> Callable[[], None]:
