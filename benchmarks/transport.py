@@ -47,9 +47,10 @@ from protos import episode_pb2, policy_pb2, policy_pb2_grpc
 from protos.channel import MAX_MESSAGE_BYTES, OPTIONS
 from protos.codec import decode_tensor, encode_tensor
 from robot_client.arm import ArmSpec, Limits, Observation, Task
-from robot_client.client import PolicyClient, encode_observation
+from robot_client.client import PolicyClient
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
+from robot_client.wire import encode_request
 from tests.client.scripted_policy import BINS, VOCABULARY, spec_of
 
 RESULT = Path(__file__).parent / "results" / "transport.json"
@@ -200,17 +201,18 @@ def ask_at_once(link: Connection, address: str, stream: bool) -> None:
     """In a process of its own: makes as many calls as it is told, and tells what they took."""
     observation = seen()
     with grpc.insecure_channel(address, options=OPTIONS) as channel, contextlib.suppress(EOFError):
-        policy = policy_pb2_grpc.PolicyStub(channel)
-        outbox = SimpleQueue[policy_pb2.ActRequest]()
-        replies = policy.ActStream(iter(outbox.get, None)) if stream else None
+        parse = policy_pb2.ActReply.FromString
+        act = channel.unary_unary("/vla_rl.Policy/Act", response_deserializer=parse)
+        act_stream = channel.stream_stream("/vla_rl.Policy/ActStream", response_deserializer=parse)
+        outbox = SimpleQueue[bytes]()
+        replies = act_stream(iter(outbox.get, None)) if stream else None
         while True:
             calls = []
             for decision in range(link.recv()):
                 began_s = time.perf_counter()
-                request = policy_pb2.ActRequest(episode_id="an episode", decision=decision)
-                encode_observation(observation, "raw", into=request.observation)
+                request = encode_request("an episode", decision, observation, (), "raw")
                 if replies is None:
-                    reply = policy.Act(request)
+                    reply = act(request)
                 else:
                     outbox.put(request)
                     reply = next(replies)

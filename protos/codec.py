@@ -82,17 +82,17 @@ def _fits(extents: tuple[int, ...], shape: Sequence[int | None]) -> bool:
     )
 
 
-def encode_image(
-    pixels_HW3: np.ndarray,
-    format: ImageFormat = "raw",
-    *,
-    quality: int = 95,
-    into: tensor_pb2.Image | None = None,
-) -> tensor_pb2.Image:
-    """uint8 (H, W, 3) RGB as an Image.  JPEG is lossy (`quality` 1..100), raw and PNG are not.
+def encode_image(pixels_HW3: np.ndarray, format: ImageFormat = "raw", *, quality: int = 95) -> tensor_pb2.Image:
+    """uint8 (H, W, 3) RGB as an Image.  JPEG is lossy (`quality` 1..100), raw and PNG are not."""
+    message, data = encode_pixels(pixels_HW3, format, quality=quality)
+    message.data = bytes(data)
+    return message
 
-    into: a part of a larger message to be filled, which saves copies of the pixels.
-    """
+
+def encode_pixels(
+    pixels_HW3: np.ndarray, format: ImageFormat, *, quality: int = 95
+) -> tuple[tensor_pb2.Image, bytes | memoryview]:
+    """encode_image() without its `data`, and these: raw pixels are not copied where they lie in one piece."""
     if pixels_HW3.dtype != np.uint8 or pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3:
         raise TypeError(f"an image must be uint8 (H, W, 3), got {pixels_HW3.dtype} {pixels_HW3.shape}")
     height, width = pixels_HW3.shape[:2]
@@ -101,10 +101,8 @@ def encode_image(
     elif format == "png":
         encoding, data = tensor_pb2.ENCODING_PNG, image.encode_png(pixels_HW3)
     else:
-        encoding, data = tensor_pb2.ENCODING_RAW_RGB8, np.ascontiguousarray(pixels_HW3).tobytes()
-    message = tensor_pb2.Image() if into is None else into
-    message.encoding, message.height, message.width, message.data = encoding, height, width, data
-    return message
+        encoding, data = tensor_pb2.ENCODING_RAW_RGB8, np.ascontiguousarray(pixels_HW3).data.cast("B")
+    return tensor_pb2.Image(encoding=encoding, height=height, width=width), data
 
 
 def decode_image(message: tensor_pb2.Image, field: str = "image") -> np.ndarray:

@@ -8,29 +8,31 @@ from queue import SimpleQueue
 
 import grpc
 
-from protos import policy_pb2, policy_pb2_grpc
+from protos import policy_pb2
 from robot_client.errors import PolicyError, ServerLost, Superseded, of_rpc
 
 Key = tuple[str, int]
+"""Episode and decision."""
 
 
 class ActStream:
     """Matches answers to requests by (episode, decision), and opens a new stream after a break.
 
-    A stream has no deadline of its own: whoever asks cancels the future that comes too late.
+    open_stream: the method, whose requests are bytes.  A stream has no deadline of its own: whoever asks cancels the
+    future that comes too late.
     """
 
-    def __init__(self, stub: policy_pb2_grpc.PolicyStub, address: str):
-        self._stub = stub
+    def __init__(self, open_stream: grpc.StreamStreamMultiCallable, address: str):
+        self._open_stream = open_stream
         self._address = address
         self._lock = threading.Lock()
         self._waiting: dict[Key, Future[policy_pb2.ActReply]] = {}
         self._call: grpc.Call | None = None
-        self._outbox: SimpleQueue[policy_pb2.ActRequest | None] = SimpleQueue()
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
 
-    def ask(self, request: policy_pb2.ActRequest) -> Future[policy_pb2.ActReply]:
+    def ask(self, key: Key, request: bytes) -> Future[policy_pb2.ActReply]:
         """The reply to come.  Fails with a PolicyError when the stream breaks."""
-        key, future = (request.episode_id, request.decision), Future()
+        future: Future[policy_pb2.ActReply] = Future()
         with self._lock:
             if self._call is None:
                 self._open()
@@ -51,10 +53,10 @@ class ActStream:
 
     def _open(self) -> None:
         self._outbox = SimpleQueue()
-        self._call = self._stub.ActStream(iter(self._outbox.get, None))
+        self._call = self._open_stream(iter(self._outbox.get, None))
         threading.Thread(target=self._read, args=(self._call, self._outbox), name="act-stream", daemon=True).start()
 
-    def _read(self, call, outbox: SimpleQueue[policy_pb2.ActRequest | None]) -> None:
+    def _read(self, call, outbox: SimpleQueue[bytes | None]) -> None:
         try:
             for reply in call:
                 with self._lock:

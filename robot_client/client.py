@@ -13,14 +13,15 @@ import grpc
 
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc
 from protos.channel import Credentials, dial
-from protos.codec import ImageFormat, encode_image, encode_tensor
-from robot_client.act_stream import ActStream
+from protos.codec import ImageFormat
+from robot_client.act_stream import ActStream, Key
 from robot_client.answer import Answer
 from robot_client.arm import ArmSpec, Observation, Outcome
 from robot_client.backoff import persist
 from robot_client.errors import BadAnswer, DeadlineExceeded, PolicyError, ServerLost, looked_into, of_refusal, of_rpc
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
+from robot_client.wire import encode_observation, encode_request
 
 T = TypeVar("T")
 
@@ -103,7 +104,14 @@ class PolicyClient:
         self._credentials = credentials
         self._channel = dial(address, credentials)
         self._stub = policy_pb2_grpc.PolicyStub(self._channel)
-        self._stream = ActStream(self._stub, address) if stream else None
+        # These two take bytes.
+        self._act = self._channel.unary_unary(
+            "/vla_rl.Policy/Act", response_deserializer=policy_pb2.ActReply.FromString
+        )
+        act_stream = self._channel.stream_stream(
+            "/vla_rl.Policy/ActStream", response_deserializer=policy_pb2.ActReply.FromString
+        )
+        self._stream = ActStream(act_stream, address) if stream else None
         self._spec: PolicySpec | None = None
 
     def __enter__(self) -> PolicyClient:
@@ -166,15 +174,14 @@ class PolicyClient:
     ) -> Future[Answer]:
         """One decision, not waited for; a failure is the future's PolicyError.  Cancel it when it comes too late."""
         spec = self._spec or self.spec()
-        request = policy_pb2.ActRequest(episode_id=episode_id, decision=decision, executed=executed)
-        encode_observation(observation, self.image_format, into=request.observation)
+        request = encode_request(episode_id, decision, observation, executed, self.image_format)
         answer: Future[Answer] = Future()
         if self._stream is not None:
-            reply = self._stream.ask(request)
+            reply = self._stream.ask((episode_id, decision), request)
         else:
-            reply = self._stub.Act.future(request, timeout=self.deadline_s if deadline_s is None else deadline_s)
+            reply = self._act.future(request, timeout=self.deadline_s if deadline_s is None else deadline_s)
         answer.add_done_callback(lambda answer: reply.cancel() if answer.cancelled() else None)
-        reply.add_done_callback(lambda reply: self._settle(answer, reply, request, spec))
+        reply.add_done_callback(lambda reply: self._settle(answer, reply, (episode_id, decision), spec))
         return answer
 
     def end_episode(
@@ -197,15 +204,15 @@ class PolicyClient:
             message=message,
         )
         if final_observation is not None:
-            encode_observation(final_observation, self.image_format, into=request.final_observation)
+            request.final_observation.CopyFrom(encode_observation(final_observation, self.image_format))
         self._persist(self._stub.EndEpisode, request, give_up_after_s)
 
-    def _settle(self, answer: Future[Answer], reply, request: policy_pb2.ActRequest, spec: PolicySpec) -> None:
+    def _settle(self, answer: Future[Answer], reply, asked: Key, spec: PolicySpec) -> None:
         """Hands the outcome of the call over to whoever waits for the answer."""
         if not answer.set_running_or_notify_cancel():
             return
         try:
-            answer.set_result(self._check(reply.result(), request, spec))
+            answer.set_result(self._check(reply.result(), asked, spec))
         except PolicyError as error:
             answer.set_exception(error)
         except grpc.RpcError as error:
@@ -214,10 +221,10 @@ class PolicyClient:
             answer.set_exception(ServerLost(f"{self.address}: the client was closed"))
 
     @staticmethod
-    def _check(reply: policy_pb2.ActReply, request: policy_pb2.ActRequest, spec: PolicySpec) -> Answer:
+    def _check(reply: policy_pb2.ActReply, asked: Key, spec: PolicySpec) -> Answer:
         if reply.HasField("refusal"):
             raise of_refusal(reply.refusal)
-        asked, answered = (request.episode_id, request.decision), (reply.episode_id, reply.decision)
+        answered = (reply.episode_id, reply.decision)
         if asked != answered:
             raise BadAnswer(f"(episode, decision) must be {asked}, got {answered}")
         return Answer.of(reply, spec)
@@ -232,16 +239,3 @@ class PolicyClient:
                 raise looked_into(of_rpc(failure, self.address), self.address, self._credentials) from None
 
         return persist(attempt, give_up_after_s=self.give_up_after_s if give_up_after_s is None else give_up_after_s)
-
-
-def encode_observation(
-    observation: Observation, image_format: ImageFormat, into: episode_pb2.Observation | None = None
-) -> episode_pb2.Observation:
-    """The message that the observation travels as; `into` as for encode_image()."""
-    message = episode_pb2.Observation() if into is None else into
-    for name, pixels in observation.images.items():
-        encode_image(pixels, image_format, into=message.images[name])
-    if observation.state_S.size:
-        message.state.CopyFrom(encode_tensor(observation.state_S.astype("float32")))
-    message.instruction, message.capture_time_ns = observation.instruction, observation.capture_time_ns
-    return message

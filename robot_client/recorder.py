@@ -24,10 +24,10 @@ from protos.codec import ImageFormat, encode_tensor
 from protos.episode_file import SUFFIX, EpisodeWriter
 from robot_client.answer import Answer
 from robot_client.arm import ArmSpec, ArmState, Observation
-from robot_client.client import encode_observation
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
 from robot_client.spec import PolicySpec
+from robot_client.wire import encode_observation
 
 log = logging.getLogger(__name__)
 
