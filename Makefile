@@ -62,7 +62,7 @@ $(NANO)/second.done: $(NANO)/corrections.done
 # The oldest generator that any supported environment accepts, in an environment of its own.
 protos: .venv/protoc.done
 	.venv/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protos/*.proto
-	.venv/protoc/bin/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/policy.proto protos/rollout.proto protos/admin.proto
+	.venv/protoc/bin/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/policy.proto protos/rollout.proto protos/admin.proto protos/session.proto
 
 .venv/base.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version)'

@@ -60,6 +60,8 @@ class Stored:
     bytes: int
     rollout_id: str = ""
     """empty when it was nobody's work, or cannot be read"""
+    session_id: str = ""
+    """empty when it was in none, or cannot be read"""
     error: bool
     """whether it ended as one"""
     damaged: str = ""
@@ -235,6 +237,7 @@ class EpisodeStore:
             path=path,
             bytes=path.stat().st_size,
             rollout_id=start.rollout_id,
+            session_id=start.session_id,
             error=error,
         )
         with self._lock:
@@ -304,7 +307,8 @@ class EpisodeStore:
             return
         self._add(stored)
         try:
-            self._stored[stored.sequence] = replace(stored, rollout_id=_read(read_start, stored.path).rollout_id)
+            start = _read(read_start, stored.path)
+            self._stored[stored.sequence] = replace(stored, rollout_id=start.rollout_id, session_id=start.session_id)
         except DamagedEpisode as error:
             self._set_aside(stored, str(error))
 

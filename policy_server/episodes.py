@@ -18,6 +18,8 @@ from policy_server.episode_store import EpisodeStore
 from policy_server.errors import EpisodeLost, OutOfOrder, Overloaded, Refused, Superseded, UnknownVersion
 from policy_server.refusals import RETRY_SOON_MS
 from policy_server.rollout_queue import Lease, RolloutQueue
+from policy_server.session import moves
+from policy_server.sessions import Sessions
 from protos import episode_pb2, policy_pb2
 from protos.episode_file import EpisodeWriter
 from protos.rollout_pb2 import Rollout
@@ -65,6 +67,8 @@ class Episode:
         self.touched_s = time.monotonic()
         self.latest: episode_pb2.Observation | None = None
         """What was answered last, for whoever watches."""
+        self.moved = Counter[str]()
+        """moves() of its ticks"""
         self._answers_s: deque[float] = deque(maxlen=RATE_OVER)
         self._newest = -1
         self._answered: policy_pb2.ActReply | None = None
@@ -124,6 +128,7 @@ class Episode:
         told = [((tick.decision, tick.index, tick.source), tick) for tick in ticks]
         new = [tick for key, tick in told if key not in self._ticks]
         self._ticks = {key for key, _ in told} or self._ticks
+        self.moved += moves(new)
         if self.writer is not None:
             self.writer.executed(new)
 
@@ -131,17 +136,23 @@ class Episode:
 class Episodes:
     """The open episodes, and enough about the closed ones to answer a retry.
 
-    An episode under a lease tells the queue how it ended, once that is stored.  per_client: how many one client may
-    have open.
+    An episode under a lease tells the queue how it ended, and one of a session the session, once that is stored.
+    per_client: how many one client may have open.
     """
 
     def __init__(
-        self, store: EpisodeStore | None, rollouts: RolloutQueue, *, per_client: int = DEFAULT_CLIENT_EPISODES
+        self,
+        store: EpisodeStore | None,
+        rollouts: RolloutQueue,
+        sessions: Sessions | None = None,
+        *,
+        per_client: int = DEFAULT_CLIENT_EPISODES,
     ):
         self.ended: Counter[int] = Counter()
         """How many have ended, by outcome."""
         self._store = store
         self._rollouts = rollouts
+        self._sessions = sessions
         self._per_client = per_client
         self._open: dict[str, Episode] = {}
         self._closed: OrderedDict[str, int | Callable[[], Refused]] = OrderedDict()
@@ -180,6 +191,8 @@ class Episodes:
                 self._rollouts.fail(lease, str(refused))
             raise
         writer = self._store.open(start) if self._store is not None else None
+        if self._sessions is not None and start.session_id:
+            self._sessions.begin(start)
         self._open[start.episode_id] = Episode(start, writer, lease, client=client)
         reply = policy_pb2.StartEpisodeReply(episode_id=start.episode_id, version=start.version, seed=start.seed)
         if request.request_id:
@@ -252,7 +265,7 @@ class Episodes:
         try:
             episode.executed(ticks)
             if self._store is not None and episode.writer is not None:
-                sequence = await asyncio.to_thread(self._store.finish, episode.writer, end)
+                sequence = await asyncio.to_thread(self._finish, self._store, episode, end)
         except Exception as error:  # whatever it was, the file is not whole
             raise self.lose(episode, error) from error
         self.ended[end.outcome] += 1
@@ -282,8 +295,18 @@ class Episodes:
         lost = functools.partial(EpisodeLost, f"the episode could not be stored and is lost: {why}", field="episode_id")
         if episode.lease is not None:
             self._rollouts.fail(episode.lease, str(lost()))
+        if self._sessions is not None and episode.start.session_id:
+            self._sessions.lose(episode.start)
         self._forget(episode, lost)
         return lost()
+
+    def _finish(self, store: EpisodeStore, episode: Episode, end: episode_pb2.EpisodeEnd) -> int:
+        """Stores an episode, then counts it in its session; gives its number.  Raises OSError."""
+        assert episode.writer is not None
+        sequence = store.finish(episode.writer, end)
+        if self._sessions is not None and episode.start.session_id:
+            self._sessions.end(episode.start, end.outcome, episode.moved)
+        return sequence
 
     def _lease(self, lease_id: str) -> Lease | None:
         lease = self._rollouts.find(lease_id)

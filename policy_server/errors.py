@@ -8,6 +8,7 @@ PolicyServerError
     ├── OutOfOrder      FAILED_PRECONDITION  the episode is unknown, closed, or elsewhere in its sequence
     ├── EpisodeLost     FAILED_PRECONDITION  the disk failed while the episode was open
     ├── UnknownVersion  NOT_FOUND            no such weights
+    ├── UnknownSession  NOT_FOUND            no such session
     ├── Unauthenticated UNAUTHENTICATED      no token, or none of this server's
     ├── Forbidden       PERMISSION_DENIED    the token's role may not do this
     ├── Overloaded      RESOURCE_EXHAUSTED   the queue, the disk, the device or the client's share is full; try later
@@ -75,6 +76,10 @@ class EpisodeLost(Refused):
 
 
 class UnknownVersion(Refused):
+    status = grpc.StatusCode.NOT_FOUND
+
+
+class UnknownSession(Refused):
     status = grpc.StatusCode.NOT_FOUND
 
 

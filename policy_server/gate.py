@@ -36,6 +36,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Verdict = Literal["open", "promote", "roll back", "undecided"]
 LEVELS = tuple(tenth / 10 for tenth in range(1, 10))
 """Shares of an episode's ticks."""
@@ -60,12 +62,15 @@ class GateRule:
     max_episodes: int = 100
     """of the candidate; then it is dropped.  By 100, one that is better by 0.3 is promoted nearly always, by 0.2 in
     three of four cases and more, by 0.1 in a quarter to a half, and one that is equal seldom (benchmarks/gate.py)"""
+    envelope: float = 0.15
+    """how far the candidate's actions may lie from the live version's before any robot sees one, in the mean over what
+    the session's robots saw lately; 1 is the whole range of a number"""
 
     def __post_init__(self) -> None:
         for name in ("margin", "trouble_rise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("promote_error", "rollback_error", "trouble_error", "share"):
+        for name in ("promote_error", "rollback_error", "trouble_error", "share", "envelope"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.max_episodes < 1:
@@ -129,15 +134,21 @@ class Tally:
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> Tally:
         """Of these episodes."""
-        trials = tuple(trials)
-        return cls(
-            episodes=len(trials),
-            successes=sum(trial.success and not trial.intervened for trial in trials),
-            interventions=sum(trial.intervened for trial in trials),
-            ticks=sum(trial.ticks for trial in trials),
-            holds=sum(trial.holds for trial in trials),
-            clips=sum(trial.clips for trial in trials),
-            above=tuple(sum(trial.trouble > level for trial in trials) for level in LEVELS),
+        tally = cls()
+        for trial in trials:
+            tally = tally.plus(trial)
+        return tally
+
+    def plus(self, trial: Trial) -> Tally:
+        """With one episode more."""
+        return Tally(
+            episodes=self.episodes + 1,
+            successes=self.successes + (trial.success and not trial.intervened),
+            interventions=self.interventions + trial.intervened,
+            ticks=self.ticks + trial.ticks,
+            holds=self.holds + trial.holds,
+            clips=self.clips + trial.clips,
+            above=tuple(n + (trial.trouble > level) for n, level in zip(self.above, LEVELS, strict=True)),
         )
 
     @property
@@ -174,6 +185,11 @@ def takes_candidate(rule: GateRule, draw: float) -> bool:
     Chance alone keeps the two versions comparable, whatever robots ask and in which order.
     """
     return draw < rule.share
+
+
+def departure(live_nKA: np.ndarray, candidate_nKA: np.ndarray, span_A: np.ndarray) -> float:
+    """Mean distance of two versions' answers to the same observations, each number in parts of its range span_A."""
+    return float((np.abs(candidate_nKA - live_nKA) / span_A).mean())
 
 
 def judge(rule: GateRule, live: Tally, candidate: Tally) -> Judgement:

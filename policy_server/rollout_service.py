@@ -170,7 +170,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         try:
             while True:
                 for stored in store.after(cursor):
-                    if stored.damaged or request.run in ("", run_of(stored.rollout_id)):
+                    if stored.damaged or _is_asked_for(stored, request):
                         await self._send(store, stored, context)
                     cursor = stored.sequence
                 await _write(context, rollout_pb2.EpisodePart(sequence=cursor))
@@ -247,7 +247,12 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         for name in ("rollout_id", "task"):
             if not getattr(rollout, name):
                 raise BadRequest("must not be empty, got ''", field=f"{field}.{name}")
-        check_names(rollout, "rollout_id", "task", "initial_state", field=f"{field}.")
+        check_names(rollout, "rollout_id", "task", "initial_state", "session_id", field=f"{field}.")
+        if rollout.session_id and (rollout.purpose != episode_pb2.PURPOSE_TRAIN or rollout.HasField("version")):
+            raise BadRequest(
+                "practice for a session must be PURPOSE_TRAIN and name no version, the session does",
+                field=f"{field}.session_id",
+            )
         if rollout.purpose not in PURPOSES:
             raise BadRequest(
                 f"must be PURPOSE_TRAIN or PURPOSE_EVALUATE, got code {rollout.purpose}", field=f"{field}.purpose"
@@ -255,6 +260,10 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
         check_sampling(rollout.temperature, rollout.noise_correlation, field=f"{field}.")
         if rollout.HasField("version"):
             self._versions.check(rollout.version, field=f"{field}.version")
+
+
+def _is_asked_for(stored: Stored, request: rollout_pb2.StreamEpisodesRequest) -> bool:
+    return request.run in ("", run_of(stored.rollout_id)) and request.session_id in ("", stored.session_id)
 
 
 async def _write(context: Any, part: rollout_pb2.EpisodePart) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from policy_server.access import ADMIN_PORT, POLICY_PORT, Access, Guard, Roles
 from policy_server.admin import AdminService
-from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest
+from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest, Ticket
 from policy_server.calls import DEFAULT_CALLS, Calls
 from policy_server.engine import Engine
 from policy_server.episode_store import EpisodeStore
@@ -32,10 +33,22 @@ from policy_server.refusals import DRAINING, RETRY_SOON_MS, WARMING
 from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
 from policy_server.rollout_service import RolloutService
 from policy_server.service import PolicyService
+from policy_server.session_service import SessionService
+from policy_server.sessions import Sessions
 from policy_server.version_store import Kind, VersionStore
 from policy_server.versions import DEFAULT_ADAPTER_SLOTS, Versions
 from policy_server.watch import Watch
-from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from protos import (
+    admin_pb2,
+    admin_pb2_grpc,
+    episode_pb2,
+    policy_pb2,
+    policy_pb2_grpc,
+    rollout_pb2,
+    rollout_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
 from protos.channel import MAX_MESSAGE_BYTES, address_of
 from protos.openpi_codec import Gripper
 
@@ -44,6 +57,7 @@ log = logging.getLogger(__name__)
 POLICY = policy_pb2.DESCRIPTOR.services_by_name["Policy"].full_name
 ROLLOUTS = rollout_pb2.DESCRIPTOR.services_by_name["Rollouts"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+SESSIONS = session_pb2.DESCRIPTOR.services_by_name["Sessions"].full_name
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
 LOOK_S = 0.05
@@ -110,7 +124,10 @@ class PolicyServer:
         self._idle_s = episode_idle_s
         rollouts = RolloutQueue(done=store.counted_rollouts() if store is not None else (), lease_s=lease_s)
         self._work = rollouts
-        self._episodes = Episodes(store, rollouts, per_client=client_episodes)
+        self._sessions = None
+        if store is not None and versions is not None:
+            self._sessions = Sessions(versions.folder / "sessions", store)
+        self._episodes = Episodes(store, rollouts, self._sessions, per_client=client_episodes)
         self.metrics = Metrics()
         self._calls = Calls(self.metrics, most=client_calls)
         self._versions = Versions(
@@ -148,6 +165,7 @@ class PolicyServer:
             batcher=self._batcher,
             episodes=self._episodes,
             metrics=self.metrics,
+            sessions=self._sessions,
         )
         self._rollouts = RolloutService(queue=rollouts, store=store, versions=self._versions)
         self._admin = self._admin_service() if admin_port is not None else None
@@ -191,7 +209,8 @@ class PolicyServer:
         if self._admin is not None and self.admin_port is not None:
             server = self._server(ADMIN_PORT, MAX_MESSAGE_BYTES)
             admin_pb2_grpc.add_AdminServicer_to_server(self._admin, server)
-            self.admin_port = await self._listen(server, self.admin_port, ADMIN)
+            session_pb2_grpc.add_SessionsServicer_to_server(self._session_service(), server)
+            self.admin_port = await self._listen(server, self.admin_port, ADMIN, SESSIONS)
         if self._openpi is not None and self.openpi_port is not None:
             self.openpi_port = await self._openpi.start(self._host, self.openpi_port)
         if self._http is not None and self.http_port is not None:
@@ -374,6 +393,18 @@ class PolicyServer:
             wake=self.wake,
         )
 
+    def _session_service(self) -> SessionService:
+        assert self._version_store is not None
+        return SessionService(
+            self._sessions,
+            spec=self._model.spec,
+            versions=self._versions,
+            version_store=self._version_store,
+            store=self._store,
+            prepare=self._model.prepare,
+            answer=self._answer,
+        )
+
     def _http_door(self) -> HttpDoor:
         watch = Watch(
             model=self._model.spec.model,
@@ -391,6 +422,20 @@ class PolicyServer:
     def _together(self, versions: Collection[int]) -> bool:
         held = [version for version in versions if self._versions.holds(version)]  # others come one at a time
         return len(held) == len(versions) and self._model.together([self._versions.weights(v) for v in held])
+
+    async def _answer(self, version: int, prepared: Any) -> DecodeAnswer:
+        """A version's greedy answer, in a pass with whatever robots ask then.  Raises Refused."""
+        while (ticket := self._place()) is None:
+            await asyncio.sleep(LOOK_S)
+        request = DecodeRequest(prepared=prepared, version=version, temperature=0.0, seed=0, decision=0)
+        self._batcher.submit(ticket, request)
+        return (await asyncio.wrap_future(ticket.answer)).answer
+
+    def _place(self) -> Ticket | None:
+        """In the queue, where robots have left one."""
+        with contextlib.suppress(Overloaded):
+            return self._batcher.admit()
+        return None
 
     def _decode(self, requests: list[DecodeRequest], lane: int) -> list[DecodeAnswer]:
         weights = [self._versions.weights(request.version) for request in requests]
@@ -417,11 +462,13 @@ class PolicyServer:
         """Those of open episodes, and of decisions under way: one that follows live may wait longer than live lasts."""
         tickets = [flight.ticket for episode in self._episodes.open for flight in list(episode.flights.values())]
         submitted = {ticket.request.version for ticket in tickets if ticket.state in ("queued", "decoding")}
-        return submitted.union(self._open_episodes())
+        promised = self._sessions.served() if self._sessions is not None else ()
+        return submitted.union(self._open_episodes(), promised)
 
     def _needed_versions(self) -> set[int]:
         """Those in memory, which all of open episodes are, and those that work names."""
-        return {version for version in self._versions.known if self._versions.holds(version)} | self._work.versions()
+        held = {version for version in self._versions.known if self._versions.holds(version)}
+        return held.union(self._work.versions(), self._sessions.versions() if self._sessions is not None else ())
 
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         services = ("", POLICY, ROLLOUTS, *[ADMIN] * (self._admin is not None))

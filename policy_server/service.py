@@ -24,7 +24,7 @@ from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.calls import client_of
 from policy_server.crew import Crew
 from policy_server.episodes import Episode, Episodes, Flight
-from policy_server.errors import Abandoned, BadRequest, Refused, Superseded
+from policy_server.errors import Abandoned, BadRequest, OutOfOrder, Refused, Superseded
 from policy_server.logs import about
 from policy_server.metrics import Metrics, counted
 from policy_server.observation import (
@@ -50,6 +50,8 @@ from policy_server.refusals import (
     refusals_only,
     refusing,
 )
+from policy_server.session import Charter
+from policy_server.sessions import NO_SESSIONS, Sessions
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
 from protos.codec import encode_tensor
@@ -71,6 +73,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         batcher: Batcher,
         episodes: Episodes,
         metrics: Metrics,
+        sessions: Sessions | None = None,
         preparers: int = 2,
     ):
         self._spec = spec
@@ -78,6 +81,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         self._prepare = prepare
         self._batcher = batcher
         self._episodes = episodes
+        self._sessions = sessions
         self.metrics = metrics
         self._crew = Crew(preparers, "prepare")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
@@ -144,7 +148,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
     async def start(self, request: policy_pb2.StartEpisodeRequest, *, client: str = "") -> policy_pb2.StartEpisodeReply:
         """Opens an episode of that client's.  Raises Refused."""
         self._entrance.check(leased=bool(request.lease_id))
-        check_names(request, "task", "initial_state", "arm", "asset_tree", "request_id")
+        check_names(request, "task", "initial_state", "arm", "asset_tree", "request_id", "session_id")
         reply = self._episodes.start(request, self._start_record, client=client)
         if not self._versions.holds(reply.version):
             await self._build(request, reply)
@@ -345,15 +349,20 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
                 f"an episode follows live or names a version, got version {asked.version} and follow_live",
                 field="follow_live",
             )
+        how, version = asked, self._versions.live
+        if asked.session_id:
+            how, version = self._chosen(asked)
+        elif asked.HasField("version"):
+            version = self._versions.check(asked.version)
         return episode_pb2.EpisodeStart(
             episode_id=episode_id,
             task=asked.task,
             initial_state=asked.initial_state,
             purpose=asked.purpose,
-            version=self._versions.check(asked.version) if asked.HasField("version") else self._versions.live,
-            follow_live=follow_live,
-            temperature=asked.temperature,
-            noise_correlation=asked.noise_correlation,
+            version=version,
+            follow_live=follow_live and not asked.session_id,
+            temperature=how.temperature,
+            noise_correlation=how.noise_correlation,
             seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
             base_fingerprint=self._spec.base_fingerprint,
             image_path=self._spec.image_path,
@@ -364,7 +373,16 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             started_unix_ns=time.time_ns(),
             state_names=[dimension.name for dimension in self._spec.state],
             rollout_id=rollout.rollout_id if rollout is not None else "",
+            session_id=asked.session_id,
         )
+
+    def _chosen(self, asked: policy_pb2.StartEpisodeRequest | rollout_pb2.Rollout) -> tuple[Charter, int]:
+        """How an episode of a session is sampled, and the version it gets.  Raises Refused."""
+        if self._sessions is None:
+            raise OutOfOrder(NO_SESSIONS, field="session_id")
+        if asked.purpose != episode_pb2.PURPOSE_TRAIN:
+            raise BadRequest("an episode of a session is practice: must be PURPOSE_TRAIN", field="purpose")
+        return self._sessions.choose(asked.session_id)
 
 
 def _land(episode: Episode, decision: int, flight: Flight) -> None:

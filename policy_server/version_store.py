@@ -118,7 +118,7 @@ class VersionStore:
     def __init__(self, folder: Path | None, *, first: str, keep: int | None = None, reserve_bytes: int = RESERVE_BYTES):
         self._keep = keep
         self._scratch = folder is None
-        self._folder = folder or Path(mkdtemp(prefix="versions-"))
+        self.folder = folder or Path(mkdtemp(prefix="versions-"))
         self._reserve_bytes = reserve_bytes
         self._coming = WeakSet[Incoming]()
         self._writing = threading.Lock()
@@ -127,14 +127,14 @@ class VersionStore:
         """The last ones, newest last."""
         self._versions = {FIRST_VERSION: _first(first)}  # replaced, never changed: readers wait for no disk
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._claim = os.open(self._folder, os.O_RDONLY)  # held until close(), or until this process is gone
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim = os.open(self.folder, os.O_RDONLY)  # held until close(), or until this process is gone
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(first)
         except BlockingIOError as error:
-            raise CannotStart(f"the versions folder {str(self._folder)!r} is in use by another server") from error
+            raise CannotStart(f"the versions folder {str(self.folder)!r} is in use by another server") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CannotStart(f"the versions folder {str(self._folder)!r} cannot be used: {error}") from error
+            raise CannotStart(f"the versions folder {str(self.folder)!r} cannot be used: {error}") from error
 
     @property
     def versions(self) -> Sequence[Version]:
@@ -146,18 +146,18 @@ class VersionStore:
 
     def path(self, version: int) -> Path:
         """The folder of a published version."""
-        return self._folder / f"{version:08d}"
+        return self.folder / f"{version:08d}"
 
     def receive(self, kind: Kind, size: int, adapter_config: str = "") -> Incoming:
         """A place for `size` bytes of weights.  Raises Overloaded when the disk has none."""
-        free, to_come = shutil.disk_usage(self._folder).free, size + sum(one.size - one.bytes for one in self._coming)
+        free, to_come = shutil.disk_usage(self.folder).free, size + sum(one.size - one.bytes for one in self._coming)
         if free - to_come < self._reserve_bytes:
             raise Overloaded(
                 f"the version store is full: {free >> 20} MiB free, {to_come >> 20} MiB to come and"
                 f" {self._reserve_bytes >> 20} MiB in reserve",
                 retry_after_ms=FULL_DISK_RETRY_MS,
             )
-        incoming = Incoming(self._folder / f"{INCOMING}{secrets.token_hex(4)}", kind, size, adapter_config)
+        incoming = Incoming(self.folder / f"{INCOMING}{secrets.token_hex(4)}", kind, size, adapter_config)
         self._coming.add(incoming)
         return incoming
 
@@ -179,7 +179,7 @@ class VersionStore:
             # The number is taken first: a version that is acknowledged has one that no other can get.
             self._write_state(live=self.live, last=version.version)
             os.replace(incoming.folder, self.path(version.version))
-            sync(self._folder)
+            sync(self.folder)
             self._versions = {**self._versions, version.version: version}
         log.info("version %d is published", version.version, extra={"version": version.version, "note": note})
         return version
@@ -211,7 +211,7 @@ class VersionStore:
             self._versions = {number: one for number, one in self._versions.items() if number not in deleted}
             for version in deleted:
                 with contextlib.suppress(OSError):  # then it is there again after a restart
-                    gone = self._folder / f"{DELETED}{version:08d}"
+                    gone = self.folder / f"{DELETED}{version:08d}"
                     os.replace(self.path(version), gone)  # at once: a kill leaves no half of a version
                     shutil.rmtree(gone, ignore_errors=True)
                 log.info("version %d is deleted", version, extra={"version": version})
@@ -220,28 +220,28 @@ class VersionStore:
         """Lets another server use the folder."""
         os.close(self._claim)
         if self._scratch:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_state(self, *, live: int, last: int) -> None:
-        partial = self._folder / f"{STATE}.partial"
+        partial = self.folder / f"{STATE}.partial"
         first = self._versions[FIRST_VERSION].device_fingerprint
         partial.write_text(json.dumps({"first": first, "live": live, "last": last}) + "\n", encoding="utf-8")
         sync(partial)
-        os.replace(partial, self._folder / STATE)
-        sync(self._folder)
+        os.replace(partial, self.folder / STATE)
+        sync(self.folder)
         self.live, self._last = live, last
 
     def _recover(self, first: str) -> None:
-        for gone in self._folder.glob(f"{DELETED}*"):
+        for gone in self.folder.glob(f"{DELETED}*"):
             shutil.rmtree(gone)
-        for unfinished in self._folder.glob(f"{INCOMING}*"):
+        for unfinished in self.folder.glob(f"{INCOMING}*"):
             log.warning("weights in %s were never published: dropped", unfinished.name)
             shutil.rmtree(unfinished)
-        for folder in sorted(path for path in self._folder.iterdir() if path.name.isdigit()):
+        for folder in sorted(path for path in self.folder.iterdir() if path.name.isdigit()):
             version = _read_record(folder)
             self._versions[version.version] = version
         with contextlib.suppress(FileNotFoundError):
-            state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
             if state["first"] != first:
                 raise ValueError(
                     "its versions were made of another version 0: another checkpoint, adapter or arithmetic"

@@ -114,7 +114,7 @@ class Tick(_message.Message):
     def __init__(self, decision: _Optional[int] = ..., index: _Optional[int] = ..., action: _Optional[_Iterable[float]] = ..., source: _Optional[_Union[Source, str]] = ..., reason: _Optional[str] = ..., expert_action: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EpisodeStart(_message.Message):
-    __slots__ = ("episode_id", "task", "initial_state", "purpose", "version", "follow_live", "temperature", "seed", "base_fingerprint", "image_path", "unnorm_key", "asset_tree", "arm", "tick_rate_hz", "started_unix_ns", "state_names", "rollout_id", "noise_correlation")
+    __slots__ = ("episode_id", "task", "initial_state", "purpose", "version", "follow_live", "temperature", "seed", "base_fingerprint", "image_path", "unnorm_key", "asset_tree", "arm", "tick_rate_hz", "started_unix_ns", "state_names", "rollout_id", "noise_correlation", "session_id")
     EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     INITIAL_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class EpisodeStart(_message.Message):
     STATE_NAMES_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     NOISE_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     episode_id: str
     task: str
     initial_state: str
@@ -151,7 +152,8 @@ class EpisodeStart(_message.Message):
     state_names: _containers.RepeatedScalarFieldContainer[str]
     rollout_id: str
     noise_correlation: float
-    def __init__(self, episode_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., version: _Optional[int] = ..., follow_live: bool = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., image_path: _Optional[str] = ..., unnorm_key: _Optional[str] = ..., asset_tree: _Optional[str] = ..., arm: _Optional[str] = ..., tick_rate_hz: _Optional[float] = ..., started_unix_ns: _Optional[int] = ..., state_names: _Optional[_Iterable[str]] = ..., rollout_id: _Optional[str] = ..., noise_correlation: _Optional[float] = ...) -> None: ...
+    session_id: str
+    def __init__(self, episode_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., version: _Optional[int] = ..., follow_live: bool = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., image_path: _Optional[str] = ..., unnorm_key: _Optional[str] = ..., asset_tree: _Optional[str] = ..., arm: _Optional[str] = ..., tick_rate_hz: _Optional[float] = ..., started_unix_ns: _Optional[int] = ..., state_names: _Optional[_Iterable[str]] = ..., rollout_id: _Optional[str] = ..., noise_correlation: _Optional[float] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("decision", "observation", "chunk")

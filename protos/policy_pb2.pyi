@@ -88,7 +88,7 @@ class PolicySpec(_message.Message):
     def __init__(self, model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., action: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., action_tokens: _Optional[_Union[ActionTokens, _Mapping]] = ..., chunk_length: _Optional[int] = ..., tick_rate_hz: _Optional[float] = ..., images: _Optional[_Iterable[_Union[ImageSpec, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., max_instruction_tokens: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., live_version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., image_path: _Optional[str] = ..., unnorm_key: _Optional[str] = ..., stores_episodes: bool = ..., max_request_bytes: _Optional[int] = ..., max_request_ticks: _Optional[int] = ...) -> None: ...
 
 class StartEpisodeRequest(_message.Message):
-    __slots__ = ("task", "initial_state", "purpose", "version", "follow_live", "temperature", "seed", "arm", "asset_tree", "tick_rate_hz", "request_id", "lease_id", "noise_correlation")
+    __slots__ = ("task", "initial_state", "purpose", "version", "follow_live", "temperature", "seed", "arm", "asset_tree", "tick_rate_hz", "request_id", "lease_id", "noise_correlation", "session_id")
     TASK_FIELD_NUMBER: _ClassVar[int]
     INITIAL_STATE_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class StartEpisodeRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     NOISE_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     task: str
     initial_state: str
     purpose: _episode_pb2.Purpose
@@ -115,7 +116,8 @@ class StartEpisodeRequest(_message.Message):
     request_id: str
     lease_id: str
     noise_correlation: float
-    def __init__(self, task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., follow_live: bool = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., arm: _Optional[str] = ..., asset_tree: _Optional[str] = ..., tick_rate_hz: _Optional[float] = ..., request_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., noise_correlation: _Optional[float] = ...) -> None: ...
+    session_id: str
+    def __init__(self, task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., follow_live: bool = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., arm: _Optional[str] = ..., asset_tree: _Optional[str] = ..., tick_rate_hz: _Optional[float] = ..., request_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., noise_correlation: _Optional[float] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class StartEpisodeReply(_message.Message):
     __slots__ = ("episode_id", "version", "seed")

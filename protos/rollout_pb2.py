@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from protos import episode_pb2 as protos_dot_episode__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/rollout.proto\x12\x06vla_rl\x1a\x14protos/episode.proto\"\xd2\x01\n\x07Rollout\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rinitial_state\x18\x03 \x01(\t\x12 \n\x07purpose\x18\x04 \x01(\x0e\x32\x0f.vla_rl.Purpose\x12\x14\n\x07version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11noise_correlation\x18\x08 \x01(\x02\x42\n\n\x08_versionB\x07\n\x05_seed\";\n\x16\x45nqueueRolloutsRequest\x12!\n\x08rollouts\x18\x01 \x03(\x0b\x32\x0f.vla_rl.Rollout\"%\n\x14\x45nqueueRolloutsReply\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\r\"$\n\x15\x43\x61ncelRolloutsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"(\n\x13\x43\x61ncelRolloutsReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x1e\n\x0fGetQueueRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"r\n\x0bQueueStatus\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0e\n\x06leased\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12#\n\tset_aside\x18\x04 \x03(\x0b\x32\x10.vla_rl.SetAside\x12\x0f\n\x07workers\x18\x05 \x03(\t\"<\n\x08SetAside\x12 \n\x07rollout\x18\x01 \x01(\x0b\x32\x0f.vla_rl.Rollout\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\"i\n\x13LeaseRolloutRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61n_run\x18\x02 \x03(\t\x12\r\n\x05holds\x18\x03 \x03(\t\x12\x11\n\tonly_held\x18\x04 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x05 \x01(\r\"j\n\x11LeaseRolloutReply\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x0f.vla_rl.RolloutH\x00\x88\x01\x01\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\rB\n\n\x08_rollout\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x1f\n\x0fRenewLeaseReply\x12\x0c\n\x04held\x18\x01 \x01(\x08\"5\n\x12ReturnLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x12\n\x10ReturnLeaseReply\"D\n\x15StreamEpisodesRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"W\n\x0b\x45pisodePart\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12%\n\x06record\x18\x02 \x01(\x0b\x32\x15.vla_rl.EpisodeRecord\x12\x0f\n\x07\x64\x61maged\x18\x03 \x01(\t\"D\n\x13\x43ommitCursorRequest\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x12\r\n\x05leave\x18\x03 \x01(\x08\"\x13\n\x11\x43ommitCursorReply2\xc2\x04\n\x08Rollouts\x12O\n\x0f\x45nqueueRollouts\x12\x1e.vla_rl.EnqueueRolloutsRequest\x1a\x1c.vla_rl.EnqueueRolloutsReply\x12L\n\x0e\x43\x61ncelRollouts\x12\x1d.vla_rl.CancelRolloutsRequest\x1a\x1b.vla_rl.CancelRolloutsReply\x12\x38\n\x08GetQueue\x12\x17.vla_rl.GetQueueRequest\x1a\x13.vla_rl.QueueStatus\x12\x46\n\x0cLeaseRollout\x12\x1b.vla_rl.LeaseRolloutRequest\x1a\x19.vla_rl.LeaseRolloutReply\x12@\n\nRenewLease\x12\x19.vla_rl.RenewLeaseRequest\x1a\x17.vla_rl.RenewLeaseReply\x12\x43\n\x0bReturnLease\x12\x1a.vla_rl.ReturnLeaseRequest\x1a\x18.vla_rl.ReturnLeaseReply\x12\x46\n\x0eStreamEpisodes\x12\x1d.vla_rl.StreamEpisodesRequest\x1a\x13.vla_rl.EpisodePart0\x01\x12\x46\n\x0c\x43ommitCursor\x12\x1b.vla_rl.CommitCursorRequest\x1a\x19.vla_rl.CommitCursorReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/rollout.proto\x12\x06vla_rl\x1a\x14protos/episode.proto\"\xe6\x01\n\x07Rollout\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rinitial_state\x18\x03 \x01(\t\x12 \n\x07purpose\x18\x04 \x01(\x0e\x32\x0f.vla_rl.Purpose\x12\x14\n\x07version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11noise_correlation\x18\x08 \x01(\x02\x12\x12\n\nsession_id\x18\t \x01(\tB\n\n\x08_versionB\x07\n\x05_seed\";\n\x16\x45nqueueRolloutsRequest\x12!\n\x08rollouts\x18\x01 \x03(\x0b\x32\x0f.vla_rl.Rollout\"%\n\x14\x45nqueueRolloutsReply\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\r\"$\n\x15\x43\x61ncelRolloutsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"(\n\x13\x43\x61ncelRolloutsReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x1e\n\x0fGetQueueRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"r\n\x0bQueueStatus\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0e\n\x06leased\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12#\n\tset_aside\x18\x04 \x03(\x0b\x32\x10.vla_rl.SetAside\x12\x0f\n\x07workers\x18\x05 \x03(\t\"<\n\x08SetAside\x12 \n\x07rollout\x18\x01 \x01(\x0b\x32\x0f.vla_rl.Rollout\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\"i\n\x13LeaseRolloutRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61n_run\x18\x02 \x03(\t\x12\r\n\x05holds\x18\x03 \x03(\t\x12\x11\n\tonly_held\x18\x04 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x05 \x01(\r\"j\n\x11LeaseRolloutReply\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x0f.vla_rl.RolloutH\x00\x88\x01\x01\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\rB\n\n\x08_rollout\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x1f\n\x0fRenewLeaseReply\x12\x0c\n\x04held\x18\x01 \x01(\x08\"5\n\x12ReturnLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x12\n\x10ReturnLeaseReply\"X\n\x15StreamEpisodesRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x12\n\nsession_id\x18\x04 \x01(\t\"W\n\x0b\x45pisodePart\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12%\n\x06record\x18\x02 \x01(\x0b\x32\x15.vla_rl.EpisodeRecord\x12\x0f\n\x07\x64\x61maged\x18\x03 \x01(\t\"D\n\x13\x43ommitCursorRequest\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x12\r\n\x05leave\x18\x03 \x01(\x08\"\x13\n\x11\x43ommitCursorReply2\xc2\x04\n\x08Rollouts\x12O\n\x0f\x45nqueueRollouts\x12\x1e.vla_rl.EnqueueRolloutsRequest\x1a\x1c.vla_rl.EnqueueRolloutsReply\x12L\n\x0e\x43\x61ncelRollouts\x12\x1d.vla_rl.CancelRolloutsRequest\x1a\x1b.vla_rl.CancelRolloutsReply\x12\x38\n\x08GetQueue\x12\x17.vla_rl.GetQueueRequest\x1a\x13.vla_rl.QueueStatus\x12\x46\n\x0cLeaseRollout\x12\x1b.vla_rl.LeaseRolloutRequest\x1a\x19.vla_rl.LeaseRolloutReply\x12@\n\nRenewLease\x12\x19.vla_rl.RenewLeaseRequest\x1a\x17.vla_rl.RenewLeaseReply\x12\x43\n\x0bReturnLease\x12\x1a.vla_rl.ReturnLeaseRequest\x1a\x18.vla_rl.ReturnLeaseReply\x12\x46\n\x0eStreamEpisodes\x12\x1d.vla_rl.StreamEpisodesRequest\x1a\x13.vla_rl.EpisodePart0\x01\x12\x46\n\x0c\x43ommitCursor\x12\x1b.vla_rl.CommitCursorRequest\x1a\x19.vla_rl.CommitCursorReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,41 +23,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.rollout_pb2', _globa
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_ROLLOUT']._serialized_start=55
-  _globals['_ROLLOUT']._serialized_end=265
-  _globals['_ENQUEUEROLLOUTSREQUEST']._serialized_start=267
-  _globals['_ENQUEUEROLLOUTSREQUEST']._serialized_end=326
-  _globals['_ENQUEUEROLLOUTSREPLY']._serialized_start=328
-  _globals['_ENQUEUEROLLOUTSREPLY']._serialized_end=365
-  _globals['_CANCELROLLOUTSREQUEST']._serialized_start=367
-  _globals['_CANCELROLLOUTSREQUEST']._serialized_end=403
-  _globals['_CANCELROLLOUTSREPLY']._serialized_start=405
-  _globals['_CANCELROLLOUTSREPLY']._serialized_end=445
-  _globals['_GETQUEUEREQUEST']._serialized_start=447
-  _globals['_GETQUEUEREQUEST']._serialized_end=477
-  _globals['_QUEUESTATUS']._serialized_start=479
-  _globals['_QUEUESTATUS']._serialized_end=593
-  _globals['_SETASIDE']._serialized_start=595
-  _globals['_SETASIDE']._serialized_end=655
-  _globals['_LEASEROLLOUTREQUEST']._serialized_start=657
-  _globals['_LEASEROLLOUTREQUEST']._serialized_end=762
-  _globals['_LEASEROLLOUTREPLY']._serialized_start=764
-  _globals['_LEASEROLLOUTREPLY']._serialized_end=870
-  _globals['_RENEWLEASEREQUEST']._serialized_start=872
-  _globals['_RENEWLEASEREQUEST']._serialized_end=909
-  _globals['_RENEWLEASEREPLY']._serialized_start=911
-  _globals['_RENEWLEASEREPLY']._serialized_end=942
-  _globals['_RETURNLEASEREQUEST']._serialized_start=944
-  _globals['_RETURNLEASEREQUEST']._serialized_end=997
-  _globals['_RETURNLEASEREPLY']._serialized_start=999
-  _globals['_RETURNLEASEREPLY']._serialized_end=1017
-  _globals['_STREAMEPISODESREQUEST']._serialized_start=1019
-  _globals['_STREAMEPISODESREQUEST']._serialized_end=1087
-  _globals['_EPISODEPART']._serialized_start=1089
-  _globals['_EPISODEPART']._serialized_end=1176
-  _globals['_COMMITCURSORREQUEST']._serialized_start=1178
-  _globals['_COMMITCURSORREQUEST']._serialized_end=1246
-  _globals['_COMMITCURSORREPLY']._serialized_start=1248
-  _globals['_COMMITCURSORREPLY']._serialized_end=1267
-  _globals['_ROLLOUTS']._serialized_start=1270
-  _globals['_ROLLOUTS']._serialized_end=1848
+  _globals['_ROLLOUT']._serialized_end=285
+  _globals['_ENQUEUEROLLOUTSREQUEST']._serialized_start=287
+  _globals['_ENQUEUEROLLOUTSREQUEST']._serialized_end=346
+  _globals['_ENQUEUEROLLOUTSREPLY']._serialized_start=348
+  _globals['_ENQUEUEROLLOUTSREPLY']._serialized_end=385
+  _globals['_CANCELROLLOUTSREQUEST']._serialized_start=387
+  _globals['_CANCELROLLOUTSREQUEST']._serialized_end=423
+  _globals['_CANCELROLLOUTSREPLY']._serialized_start=425
+  _globals['_CANCELROLLOUTSREPLY']._serialized_end=465
+  _globals['_GETQUEUEREQUEST']._serialized_start=467
+  _globals['_GETQUEUEREQUEST']._serialized_end=497
+  _globals['_QUEUESTATUS']._serialized_start=499
+  _globals['_QUEUESTATUS']._serialized_end=613
+  _globals['_SETASIDE']._serialized_start=615
+  _globals['_SETASIDE']._serialized_end=675
+  _globals['_LEASEROLLOUTREQUEST']._serialized_start=677
+  _globals['_LEASEROLLOUTREQUEST']._serialized_end=782
+  _globals['_LEASEROLLOUTREPLY']._serialized_start=784
+  _globals['_LEASEROLLOUTREPLY']._serialized_end=890
+  _globals['_RENEWLEASEREQUEST']._serialized_start=892
+  _globals['_RENEWLEASEREQUEST']._serialized_end=929
+  _globals['_RENEWLEASEREPLY']._serialized_start=931
+  _globals['_RENEWLEASEREPLY']._serialized_end=962
+  _globals['_RETURNLEASEREQUEST']._serialized_start=964
+  _globals['_RETURNLEASEREQUEST']._serialized_end=1017
+  _globals['_RETURNLEASEREPLY']._serialized_start=1019
+  _globals['_RETURNLEASEREPLY']._serialized_end=1037
+  _globals['_STREAMEPISODESREQUEST']._serialized_start=1039
+  _globals['_STREAMEPISODESREQUEST']._serialized_end=1127
+  _globals['_EPISODEPART']._serialized_start=1129
+  _globals['_EPISODEPART']._serialized_end=1216
+  _globals['_COMMITCURSORREQUEST']._serialized_start=1218
+  _globals['_COMMITCURSORREQUEST']._serialized_end=1286
+  _globals['_COMMITCURSORREPLY']._serialized_start=1288
+  _globals['_COMMITCURSORREPLY']._serialized_end=1307
+  _globals['_ROLLOUTS']._serialized_start=1310
+  _globals['_ROLLOUTS']._serialized_end=1888
 # @@protoc_insertion_point(module_scope)

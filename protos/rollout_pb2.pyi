@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Rollout(_message.Message):
-    __slots__ = ("rollout_id", "task", "initial_state", "purpose", "version", "temperature", "seed", "noise_correlation")
+    __slots__ = ("rollout_id", "task", "initial_state", "purpose", "version", "temperature", "seed", "noise_correlation", "session_id")
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     INITIAL_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Rollout(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NOISE_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     rollout_id: str
     task: str
     initial_state: str
@@ -24,7 +25,8 @@ class Rollout(_message.Message):
     temperature: float
     seed: int
     noise_correlation: float
-    def __init__(self, rollout_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., noise_correlation: _Optional[float] = ...) -> None: ...
+    session_id: str
+    def __init__(self, rollout_id: _Optional[str] = ..., task: _Optional[str] = ..., initial_state: _Optional[str] = ..., purpose: _Optional[_Union[_episode_pb2.Purpose, str]] = ..., version: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., noise_correlation: _Optional[float] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class EnqueueRolloutsRequest(_message.Message):
     __slots__ = ("rollouts",)
@@ -127,14 +129,16 @@ class ReturnLeaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StreamEpisodesRequest(_message.Message):
-    __slots__ = ("cursor", "run", "follow")
+    __slots__ = ("cursor", "run", "follow", "session_id")
     CURSOR_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     cursor: int
     run: str
     follow: bool
-    def __init__(self, cursor: _Optional[int] = ..., run: _Optional[str] = ..., follow: bool = ...) -> None: ...
+    session_id: str
+    def __init__(self, cursor: _Optional[int] = ..., run: _Optional[str] = ..., follow: bool = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class EpisodePart(_message.Message):
     __slots__ = ("sequence", "record", "damaged")

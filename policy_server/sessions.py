@@ -1,0 +1,305 @@
+"""The sessions of a server, and their logs:
+
+    FOLDER/SESSION.jsonl    the charter in its first line, then a line for each event (policy_server/session.py)
+
+An event is applied once it is safely in the log, so that what a restart finds is what was acknowledged.  An episode
+that a kill left stored but not counted is counted by the next server, in its turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from policy_server.episode_store import EpisodeStore
+from policy_server.errors import CannotStart, OutOfOrder, Overloaded, UnknownSession
+from policy_server.gate import Trial
+from policy_server.session import Begun, By, Charter, Event, Session, Turns, What, moves, trial_of
+from protos import episode_pb2
+from protos.episode_file import DamagedEpisode, Episode, sync
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".jsonl"
+MOST_SESSIONS = 64
+"""So many may be going on: each has up to two adapters in memory."""
+FULL_RETRY_MS = 10_000
+NO_SESSIONS = "this server has no sessions: start it with --episodes DIR and --admin-port PORT"
+
+
+class Sessions:
+    """Thread-safe.  What changes a session waits for the disk, what only looks at it does not.
+
+    store: where the robots' episodes lie.  draw() gives numbers that are uniform in [0, 1).
+    Raises CannotStart when the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, store: EpisodeStore, *, draw: Callable[[], float] = random.random):
+        self._folder, self._store, self._draw = folder, store, draw
+        self._writing = threading.Lock()  # whoever changes anything has it
+        self._lock = threading.Lock()  # and this one just for the change, as whoever looks does
+        self._sessions: dict[str, Session] = {}
+        self._turns: dict[str, Turns] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = [_read(path) for path in folder.glob(f"*{SUFFIX}")]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CannotStart(f"the sessions in {str(folder)!r} cannot be read: {error}") from error
+        for session in sorted(found, key=lambda session: session.charter.started_unix_ns):
+            self._add(session)
+            self._catch_up(session)
+
+    @property
+    def ids(self) -> list[str]:
+        """In the order in which they were started."""
+        return list(self._sessions)
+
+    @contextlib.contextmanager
+    def read(self, session_id: str) -> Iterator[Session]:
+        """The session, which does not change in the block.  Raises UnknownSession."""
+        with self._lock:
+            yield self._find(session_id)
+
+    def open_episodes(self, session_id: str) -> int:
+        """How many of its episodes are open."""
+        with self._lock:
+            return self._turns[session_id].open
+
+    def served(self) -> set[int]:
+        """The versions that the next episodes of sessions may get."""
+        with self._lock:
+            return {version for session in self._sessions.values() for version in session.served}
+
+    def versions(self) -> set[int]:
+        """Those of sessions that a person may want back."""
+        with self._lock:
+            return {version for session in self._sessions.values() for version in session.versions}
+
+    def start(self, charter: Charter) -> None:
+        """Once: again with the same charter, but for the time, it does nothing.
+
+        Raises OutOfOrder when there is another session of that id, Overloaded when there are too many or the disk
+        refuses.
+        """
+        with self._writing:
+            there = self._sessions.get(charter.session_id)
+            if there is not None:
+                if asdict(charter) | {"started_unix_ns": 0} != asdict(there.charter) | {"started_unix_ns": 0}:
+                    raise OutOfOrder("there is another session of that id", field="session_id")
+                return
+            if sum(session.state != "stopped" for session in self._sessions.values()) >= MOST_SESSIONS:
+                raise Overloaded(f"{MOST_SESSIONS} sessions are going on, the most", retry_after_ms=FULL_RETRY_MS)
+            with _disk():
+                self._write(charter.session_id, asdict(charter))
+                sync(self._folder)
+            self._add(Session(charter))
+        log.info("session %s is started from version %d", charter.session_id, charter.base)
+
+    def choose(self, session_id: str) -> tuple[Charter, int]:
+        """How its next episode is sampled, and its version.  Raises UnknownSession, OutOfOrder when it is over."""
+        with self.read(session_id) as session:
+            if session.state == "stopped":
+                raise OutOfOrder(
+                    f"session {session_id!r} is over: its version {session.live} can be asked for", field="session_id"
+                )
+            return session.charter, session.choose(self._draw())
+
+    def begin(self, start: episode_pb2.EpisodeStart) -> None:
+        """An episode is open with what choose() gave."""
+        with self.read(start.session_id) as session:
+            begun = Begun(episode_id=start.episode_id, version=start.version, candidate=session.candidate)
+            self._turns[start.session_id].begin(begun)
+
+    def end(self, start: episode_pb2.EpisodeStart, outcome: int, moved: Counter[str]) -> None:
+        """It is over, and stored; moved: moves() of its ticks.  Those whose turn has come are counted and judged."""
+        with self._writing:
+            session = self._sessions[start.session_id]
+            with self._lock:
+                due = self._turns[start.session_id].end(start.episode_id, trial_of(outcome, moved))
+            for begun, trial in due:
+                self._count(session, begun, trial)
+
+    def lose(self, start: episode_pb2.EpisodeStart) -> None:
+        """It is over, and will never be stored."""
+        self.end(start, episode_pb2.OUTCOME_ERROR, Counter())
+
+    def check_offer(self, session_id: str, version: int) -> int | None:
+        """The live version that the offered one is compared with; None when it is on trial already.
+
+        Raises UnknownSession, OutOfOrder.
+        """
+        with self.read(session_id) as session:
+            if session.state != "running":
+                raise OutOfOrder(f"session {session_id!r} is {session.state}: nothing is offered", field="session_id")
+            if session.candidate == version:
+                return None
+            if session.candidate is not None:
+                raise OutOfOrder(f"version {session.candidate} is on trial: wait for its verdict", field="version")
+            if version in session.versions:
+                raise OutOfOrder(f"version {version} is, or was, live in this session", field="version")
+            return session.live
+
+    def offer(self, session_id: str, version: int, *, accepted: bool, reason: str) -> None:
+        """What became of an offer: the version is on trial, or was refused.  Raises as check_offer(), Overloaded."""
+        with self._writing:
+            if self.check_offer(session_id, version) is None:
+                return
+            self._happen(self._sessions[session_id], "offer" if accepted else "refuse", "trainer", version, reason)
+
+    def promote(self, session_id: str, note: str) -> None:
+        """The candidate, by a person's word.  Raises UnknownSession, OutOfOrder without one, Overloaded."""
+        with self._writing:
+            session = self._find(session_id)
+            if session.candidate is None:
+                raise OutOfOrder(f"nothing is on trial in session {session_id!r}", field="control")
+            self._happen(session, "promote", "person", session.candidate, note)
+
+    def roll_back(self, session_id: str, note: str) -> None:
+        """Drops the candidate, or goes back to the version before.  Raises as promote()."""
+        with self._writing:
+            session = self._find(session_id)
+            if session.candidate is not None:
+                self._happen(session, "roll back", "person", session.candidate, note)
+            elif session.past:
+                self._happen(session, "revert", "person", session.past[-1], note)
+            else:
+                raise OutOfOrder(f"session {session_id!r} has nothing to go back to", field="control")
+
+    def set_state(self, session_id: str, what: What, note: str) -> None:
+        """pause, resume or stop; what is on trial is withdrawn.  Raises UnknownSession, OutOfOrder, Overloaded."""
+        with self._writing:
+            session = self._find(session_id)
+            fits = {"pause": ("running",), "resume": ("paused",), "stop": ("running", "paused")}[what]
+            if session.state not in fits:
+                raise OutOfOrder(f"session {session_id!r} is {session.state}", field="control")
+            if session.candidate is not None:
+                self._happen(session, "withdrawn", "person", session.candidate, note)
+            self._happen(session, what, "person", session.live, note)
+
+    def _find(self, session_id: str) -> Session:
+        if session_id not in self._sessions:
+            raise UnknownSession(f"there is no session {session_id!r} on this server", field="session_id")
+        return self._sessions[session_id]
+
+    def _add(self, session: Session) -> None:
+        with self._lock:
+            self._sessions[session.charter.session_id] = session
+            self._turns[session.charter.session_id] = Turns()
+
+    def _count(self, session: Session, begun: Begun, trial: Trial) -> None:
+        """Counts an episode, and does what the gate says then."""
+        on_trial = session.candidate is not None and begun.candidate == session.candidate
+        on_trial &= begun.version in session.served  # it may have been chosen before the candidate was offered
+        try:
+            self._happen(
+                session, "episode", "robot", begun.version, episode_id=begun.episode_id, trial=trial, on_trial=on_trial
+            )
+            if on_trial:
+                self._judge(session)
+        except Overloaded as error:  # it is stored: the next server counts it
+            log.error("episode %s is not counted in its session: %s", begun.episode_id, error)
+
+    def _judge(self, session: Session) -> None:
+        standing = session.standing
+        if standing is not None and standing.verdict != "open":
+            assert session.candidate is not None
+            self._happen(session, standing.verdict, "gate", session.candidate, standing.reason)
+
+    def _happen(
+        self,
+        session: Session,
+        what: What,
+        by: By,
+        version: int,
+        reason: str = "",
+        *,
+        episode_id: str = "",
+        trial: Trial | None = None,
+        on_trial: bool = False,
+    ) -> None:
+        """An event, first on disk.  Raises Overloaded when that refuses."""
+        event = Event(
+            what=what,
+            unix_ns=time.time_ns(),
+            by=by,
+            version=version,
+            reason=reason,
+            episode_id=episode_id,
+            trial=trial,
+            on_trial=on_trial,
+        )
+        with _disk():
+            self._write(session.charter.session_id, event.line)
+        with self._lock:
+            session.apply(event)
+        if what != "episode":
+            name = session.charter.session_id
+            log.info("session %s: %s version %d: %s", name, what, version, reason, extra={"session": name})
+
+    def _write(self, session_id: str, line: dict) -> None:
+        path = self._folder / f"{session_id}{SUFFIX}"
+        with path.open("ab") as file:
+            whole = file.tell()
+            try:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), whole)  # or the next line would go on with half of this one
+                raise
+
+    def _catch_up(self, session: Session) -> None:
+        """Counts what was stored and not counted yet, and says the verdict that was due."""
+        with self._writing:
+            self._judge(session)
+            for episode in sorted(self._uncounted(session), key=lambda episode: episode.start.started_unix_ns):
+                trial = trial_of(episode.end.outcome, moves(episode.ticks))
+                offered = max((e.unix_ns for e in session.log if e.what == "offer"), default=0)
+                since = episode.start.started_unix_ns > offered
+                begun = Begun(
+                    episode_id=episode.start.episode_id,
+                    version=episode.start.version,
+                    candidate=session.candidate if since else None,
+                )
+                if trial is not None:
+                    self._count(session, begun, trial)
+
+    def _uncounted(self, session: Session) -> Iterator[Episode]:
+        for stored in self._store.after(0):
+            if stored.session_id == session.charter.session_id and stored.episode_id not in session.counted:
+                with contextlib.suppress(DamagedEpisode):  # the store says so
+                    if not stored.error and (records := self._store.records(stored)):
+                        yield Episode.of(records, stored.path.name)
+
+
+def _read(path: Path) -> Session:
+    """Raises OSError, ValueError, TypeError, KeyError."""
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    if torn:  # a kill came while it was written: it was never acknowledged
+        log.warning("the last line of session log %s is not whole: dropped", path.name)
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    charter, *events = [json.loads(line) for line in whole.splitlines()]
+    session = Session(Charter.of(charter))
+    for event in events:
+        session.apply(Event.of(event))
+    return session
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """Turns a disk that refuses into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        raise Overloaded(
+            f"the session log takes nothing more: {error.strerror}", retry_after_ms=FULL_RETRY_MS
+        ) from error
