@@ -5,13 +5,16 @@ cost next to nothing, and go on where the policy's divergence stops the policy. 
 (seed, iteration, epoch), so that ranks and resumed runs agree without saving a generator; every rank calls update()
 with the same trajectories, computes its part, and ends with the same weights.
 
+Lessons that are given beside the trajectories are cloned in the policy's own steps, and stop where those stop.  They
+need no critic: while it warms up, and where there are no trajectories, the policy learns from them alone.
+
 Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = K*A action tokens.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -23,10 +26,12 @@ from policy_server.vla.model import VLA, Prompts
 from rl_trainer.advantage import gae, group_relative, leave_one_out, normalised
 from rl_trainer.batching import Batch, Prompter, minibatches
 from rl_trainer.critic import CriticKind, critic_of
+from rl_trainer.lessons import Lesson
 from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.ranks import Ranks
 from rl_trainer.trajectories import Trajectory
+from rl_trainer.tutor import Tutor
 
 LOOK_BATCH = 64
 """Decisions of one pass without gradients."""
@@ -65,7 +70,7 @@ class LearnerConfig:
     critic_weight: float = 0.5
     """of that value loss beside the policy's"""
     warm_up: int = 2
-    """first iterations, in which the critic alone learns"""
+    """first iterations, in which trajectories teach the critic alone"""
     epochs: int = 2
     minibatch: int = 64
     """decisions of one optimiser step, over all ranks"""
@@ -81,6 +86,12 @@ class LearnerConfig:
     weight_decay: float = 0.0
     normalise: bool = True
     """gae's advantages to mean 0 and standard deviation 1 over the batch; the others are relative already"""
+    success_weight: float = 0.0
+    """of cloning own successes beside PPO: of the mean negative log-likelihood of a token; 0: they are not cloned"""
+    intervention_weight: float = 0.0
+    """likewise of cloning what a person or an expert did instead"""
+    lessons: int = 32
+    """decisions of each of these kinds in one optimiser step, over all ranks; all there are, where they are fewer"""
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
@@ -93,10 +104,12 @@ class LearnerConfig:
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be in [0, 1), got {self.average}")
-        for name in ("epochs", "minibatch", "microbatch", "critic_epochs", "critic_minibatch", "critic_rank"):
+        sizes = ("minibatch", "microbatch", "critic_minibatch", "lessons")
+        for name in ("epochs", *sizes, "critic_epochs", "critic_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "critic_learning_rate", "anneal", "warm_up", "target_kl", "critic_weight"):
+        weights = ("critic_weight", "success_weight", "intervention_weight")
+        for name in ("learning_rate", "critic_learning_rate", "anneal", "warm_up", "target_kl", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
@@ -154,33 +167,50 @@ class Learner:
         self.critic_optimizer = _optimizer(self.critic.trained(), config)
 
     def update(
-        self, trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray] | None = None, *, version: int = -1
+        self,
+        trajectories: Sequence[Trajectory],
+        rewards: Sequence[np.ndarray] | None = None,
+        lessons: Iterable[Lesson] = (),
+        *,
+        version: int = -1,
     ) -> dict[str, float]:
-        """Learns from the trajectories and gives what was measured.
+        """Learns from the trajectories and from the lessons, of either there may be none; gives what was measured.
 
         rewards: per trajectory, float64 (T,); by default those of the episodes' outcomes.
         version: the weights as they are now; log-probabilities that it answered must equal the learner's.
+        Raises ValueError where there is nothing to learn from.
         """
         rewards = [trajectory.rewards_T for trajectory in trajectories] if rewards is None else rewards
+        tutor = Tutor(
+            self.model,
+            lessons,
+            weights={"success": self.config.success_weight, "intervention": self.config.intervention_weight},
+            draw=self.config.lessons,
+            microbatch=self.config.microbatch,
+            keep_images=self.config.keep_images,
+            ranks=self.ranks,
+            seed=(self.seed, self.iteration),
+        )
         if self.config.advantage != "gae":  # an outcome that others had a hand in compares with nothing
             whole = [number for number, trajectory in enumerate(trajectories) if trajectory.whole]
-            if not whole:
+            if trajectories and not whole and not tutor:
                 raise ValueError(
                     f"{self.config.advantage} compares whole episodes, of {len(trajectories)} none is: others had a"
                     " hand in each; use gae"
                 )
             trajectories, rewards = [trajectories[n] for n in whole], [rewards[n] for n in whole]
-        batch = Batch.of(trajectories)
-        looked = self.score(trajectories, batch)
-        advantage_n, target_n = self._advantages(trajectories, rewards, looked)
-        metrics = self._learn(batch, looked, torch.from_numpy(advantage_n).float(), torch.from_numpy(target_n).float())
-        metrics |= _measured_before(batch, looked, target_n, version)
+        if trajectories:
+            metrics = self._learn(trajectories, rewards, tutor, version)
+        elif tutor:
+            metrics = self._clone(tutor)
+        else:
+            raise ValueError("there is nothing to learn from: no trajectories, and no lessons of a kind with a weight")
         self.iteration += 1
-        return metrics
+        return metrics | tutor.counts
 
     @property
     def warming_up(self) -> bool:
-        """The critic alone learns."""
+        """Trajectories teach the critic alone."""
         return self.config.advantage == "gae" and self.iteration < self.config.warm_up
 
     @property
@@ -264,29 +294,58 @@ class Learner:
         return advantage_n, target_n
 
     def _learn(
-        self, batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
+        self, trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], tutor: Tutor, version: int
     ) -> dict[str, float]:
-        """The critic's steps and the policy's; means of what they measured."""
-        gae, work = self.config.advantage == "gae", (batch, looked, advantage_n, target_n)
+        """The critic's steps and the policy's; means of what they measured, and what was measured before."""
+        batch = Batch.of(trajectories)
+        looked = self.score(trajectories, batch)
+        advantage_n, target_n = self._advantages(trajectories, rewards, looked)
+        work = (batch, looked, torch.from_numpy(advantage_n).float(), torch.from_numpy(target_n).float())
+        gae = self.config.advantage == "gae"
         self.model.train()
         metrics = dict[str, float]()
         if gae and (self.warming_up or not self.config.critic_gradient):
             metrics |= self._epochs(("critic",), *work)
         if not self.warming_up:
             metrics["learning_rate"] = self.learning_rate
-            metrics |= self._epochs(("policy", "critic") if gae and self.config.critic_gradient else ("policy",), *work)
-        return metrics | {"optimiser_steps": float(self.steps)}
+            who = ("policy", "critic") if gae and self.config.critic_gradient else ("policy",)
+            metrics |= self._epochs(who, *work, tutor)
+        elif tutor:
+            metrics |= self._clone(tutor)
+        return metrics | {"optimiser_steps": float(self.steps)} | _measured_before(batch, looked, target_n, version)
+
+    def _clone(self, tutor: Tutor) -> dict[str, float]:
+        """Epochs of optimiser steps of the policy, from the lessons alone; means of what they measured."""
+        self.model.train()
+        measured = []
+        for step in range(self.config.epochs * tutor.steps):
+            metrics = tutor.gradient(step)
+            self.ranks.sum(self.policy_optimizer.collect_gradients())
+            measured.append(metrics | self._step(("policy",)))
+        means = {name: float(np.mean([metrics[name] for metrics in measured])) for name in measured[0]}
+        return means | {"learning_rate": self.learning_rate, "optimiser_steps": float(self.steps)}
 
     def _epochs(
-        self, who: Sequence[str], batch: Batch, looked: Looked, advantage_n: torch.Tensor, target_n: torch.Tensor
+        self,
+        who: Sequence[str],
+        batch: Batch,
+        looked: Looked,
+        advantage_n: torch.Tensor,
+        target_n: torch.Tensor,
+        tutor: Tutor | None = None,
     ) -> dict[str, float]:
-        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included."""
+        """Epochs of optimiser steps; means of what they measured, the minibatch that stopped them included.
+
+        tutor: adds the lessons' gradient to every step.
+        """
         config, measured, stopped = self.config, defaultdict[str, list[float]](list), False
         size, epochs = config.minibatch, config.epochs
         if "policy" not in who:
             size, epochs = config.critic_minibatch, config.critic_epochs
-        for rows in minibatches(len(batch), size, epochs=epochs, seed=self.seed, iteration=self.iteration):
-            metrics = self._gradient(who, batch, looked, rows, advantage_n, target_n)
+        order = minibatches(len(batch), size, epochs=epochs, seed=self.seed, iteration=self.iteration)
+        for step, rows in enumerate(order):
+            taught = tutor.gradient(step) if tutor else {}
+            metrics = taught | self._gradient(who, batch, looked, rows, advantage_n, target_n)
             stopped = 0 < config.target_kl < metrics.get("approx_kl", 0)
             metrics |= {} if stopped else self._step(who)
             for name, value in metrics.items():

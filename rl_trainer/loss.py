@@ -1,4 +1,4 @@
-"""PPO's losses: pure functions of what the model scores now and what was recorded when it acted.
+"""The losses of PPO and of cloning beside it: pure functions of what the model scores now and what was recorded.
 
 A loss of a part of a batch is divided by counts of the whole batch, over all parts and ranks: gradients of the parts
 add up to the batch's, however it is cut.
@@ -146,6 +146,12 @@ def value_loss(
         error_B = torch.maximum(error_B, (kept_B - targets_B).square())
     total = 0.5 * error_B.sum() / counts.decisions
     return Loss(total=total, metrics={"value_loss": total.detach()})
+
+
+def clone_loss(logprobs_BN: torch.Tensor, mask_BN: torch.Tensor, *, counts: Counts) -> Loss:
+    """The mean negative log-likelihood of the tokens under the mask, as behaviour cloning has it."""
+    total = -_mean(logprobs_BN, mask_BN, counts.tokens)  # -1/n sum log p(token | observation, tokens before it)
+    return Loss(total=total, metrics={"nll": total.detach()})
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -319,9 +319,17 @@ class Run:
         self.queue.enqueue(self.state.asked)
 
     def _rollout(
-        self, name: str, number: int, cell: Cell, *, version: int, purpose: episode_pb2.Purpose, **noise: float
+        self,
+        name: str,
+        number: int,
+        cell: Cell,
+        *,
+        version: int,
+        purpose: episode_pb2.Purpose,
+        temperature: float = 0.0,
+        noise_correlation: float = 0.0,
     ) -> rollout_pb2.Rollout:
-        """noise: temperature and noise_correlation; without, the rollout is greedy."""
+        """Greedy unless told otherwise."""
         rollout_id = f"{self.state.run}/{name}/{number}"
         return rollout_pb2.Rollout(
             rollout_id=rollout_id,
@@ -330,7 +338,8 @@ class Run:
             purpose=purpose,
             version=version,
             seed=seed_of(self.config.seed, name, number),
-            **noise,
+            temperature=temperature,
+            noise_correlation=noise_correlation,
         )
 
     def _collect(self, rollouts: Sequence[rollout_pb2.Rollout]) -> list[Finished]:

@@ -99,6 +99,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.rollouts % self.group:
             raise ValueError(f"rollouts must be whole groups of {self.group}, got {self.rollouts}")
+        if self.learner.success_weight or self.learner.intervention_weight:
+            raise ValueError("success_weight and intervention_weight must be 0 here: lessons are a session's")
         if self.learner.advantage != "gae" and self.group < 2:
             raise ValueError(f"{self.learner.advantage} compares episodes that begin alike: group must be >= 2, got 1")
         if 0 < self.learner.anneal < self.iterations:

@@ -16,13 +16,14 @@ Shapes: T decisions, N = K*A action tokens, K actions of a chunk, A numbers of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
-from policy_server.vla.action_tokens import statistics_key
+from policy_server.vla.action_tokens import ActionTokens, statistics_key
 from policy_server.vla.config import VLAConfig
 from policy_server.vla.preprocessing import BadInput, Prepared, Preprocessor
 from policy_server.vla.tokenizer import Tokenizer
@@ -51,6 +52,8 @@ class Trajectory:
     """of the episode"""
     whole: bool
     """nothing interrupted the episode and nobody else moved the arm: the outcome is this trajectory's own"""
+    helped: bool = False
+    """somebody else than the policy moved the arm in the episode; a hold is no help"""
     observations: tuple[Prepared, ...]
     """T, each as the model read it, images in uint8"""
     after: Prepared | None
@@ -139,25 +142,43 @@ class TrajectoryReader:
         self._config = config
         self._unnorm_key = statistics_key(config, unnorm_key)
         self._preprocessor = Preprocessor(config, tokenizer, unnorm_key=self._unnorm_key)
+        self.action_tokens = ActionTokens(config, self._unnorm_key)
 
     def read(self, episode: Episode) -> list[Trajectory]:
         """The trajectories of an episode, at least one.  Raises RefusedEpisode."""
         if (reason := refusal(episode)) is not None:
             raise RefusedEpisode(episode, reason)
-        prepared = (episode.start.image_path, episode.start.unnorm_key)
-        if prepared != (self._config.image_path, self._unnorm_key):
-            expected = (self._config.image_path, self._unnorm_key)
-            raise RefusedEpisode(episode, "other_model", f"its inputs must be prepared by {expected}, got {prepared}")
-        try:
+        with self.reading(episode):
             *cut, last = pieces(episode.ticks)
             whole = not cut and not others_moved(episode.ticks)
             trajectories = [self._trajectory(episode, spans, ends=False, whole=False) for spans in cut]
             trajectories += [self._trajectory(episode, last, ends=True, whole=whole)] if last else []
-        except (codec.CodecError, BadInput) as error:
-            raise RefusedEpisode(episode, "damaged", str(error)) from error
         if not trajectories:
             raise RefusedEpisode(episode, "nothing_to_score")
         return trajectories
+
+    @contextmanager
+    def reading(self, episode: Episode) -> Iterator[None]:
+        """Raises RefusedEpisode for one of another model, and for anything read inside that is not what it says."""
+        expected = (self._config.image_path, self._unnorm_key)
+        prepared = (episode.start.image_path, episode.start.unnorm_key)
+        if prepared != expected:
+            raise RefusedEpisode(episode, "other_model", f"its inputs must be prepared by {expected}, got {prepared}")
+        try:
+            yield
+        except (codec.CodecError, BadInput) as error:
+            raise RefusedEpisode(episode, "damaged", str(error)) from error
+
+    def prepared(self, observation: episode_pb2.Observation, field: str) -> Prepared:
+        """As the model reads it.  Raises CodecError, which names the field, and BadInput."""
+        camera, state_dim = self._config.camera, self._config.state_dim
+        if camera not in observation.images:
+            raise codec.CodecError(field, f"images must include {camera!r}, got {sorted(observation.images)}")
+        pixels_HW3 = codec.decode_image(observation.images[camera], f"{field}.images[{camera}]")
+        state_S = None
+        if state_dim:
+            state_S = codec.decode_tensor(observation.state, f"{field}.state", dtype="float32", shape=(state_dim,))
+        return self._preprocessor.prepare(pixels_HW3, observation.instruction, state_S)
 
     def _trajectory(self, episode: Episode, spans: Sequence[Span], *, ends: bool, whole: bool) -> Trajectory:
         """ends: the last of the spans was the episode's last movement."""
@@ -174,7 +195,8 @@ class TrajectoryReader:
             initial_state=episode.start.initial_state,
             success=success,
             whole=whole,
-            observations=tuple(self._prepared(d.observation, f"decision {d.decision}") for d in decisions),
+            helped=bool(others_moved(episode.ticks)),
+            observations=tuple(self.prepared(d.observation, f"decision {d.decision}") for d in decisions),
             after=self._final(episode) if ends else self._next(episode, spans[-1].decision),
             token_ids_TN=np.stack([self._token_ids(decision) for decision in decisions]),
             logprobs_TN=np.stack([self._logprobs(decision) for decision in decisions]),
@@ -186,24 +208,14 @@ class TrajectoryReader:
         )
 
     def _final(self, episode: Episode) -> Prepared | None:
-        return None if episode.end.terminal else self._prepared(episode.end.final_observation, "final_observation")
+        return None if episode.end.terminal else self.prepared(episode.end.final_observation, "final_observation")
 
     def _next(self, episode: Episode, decision: int) -> Prepared:
         """The observation of the first decision that was answered after this one."""
         later = [d for d in episode.decisions if d.decision > decision]
         if not later:
             raise codec.CodecError("executed", f"decision {decision} was interrupted, but no later one is recorded")
-        return self._prepared(later[0].observation, f"decision {later[0].decision}")
-
-    def _prepared(self, observation: episode_pb2.Observation, field: str) -> Prepared:
-        camera, state_dim = self._config.camera, self._config.state_dim
-        if camera not in observation.images:
-            raise codec.CodecError(field, f"images must include {camera!r}, got {sorted(observation.images)}")
-        pixels_HW3 = codec.decode_image(observation.images[camera], f"{field}.images[{camera}]")
-        state_S = None
-        if state_dim:
-            state_S = codec.decode_tensor(observation.state, f"{field}.state", dtype="float32", shape=(state_dim,))
-        return self._preprocessor.prepare(pixels_HW3, observation.instruction, state_S)
+        return self.prepared(later[0].observation, f"decision {later[0].decision}")
 
     def _token_ids(self, decision: episode_pb2.Decision) -> np.ndarray:
         field, config = f"decision {decision.decision}.token_ids", self._config

@@ -13,7 +13,7 @@ from policy_server.vla.model import collate
 from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Preprocessor
 from protos import episode_pb2
-from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss
+from rl_trainer.loss import Counts, Loss, LossConfig, clone_loss, ppo_loss, token_entropy, token_logprobs, value_loss
 from rl_trainer.trajectories import Trajectory, TrajectoryReader
 from tests.trainer import fake_episodes as fake
 
@@ -203,6 +203,16 @@ def test_the_value_loss_is_half_the_squared_error_and_its_clip_takes_the_larger(
     free = value_loss(values, recorded, torch.tensor([1.0, -1.0]), config=LossConfig(value_clip=0), counts=counts)
     assert float(clipped.total) == pytest.approx(0.5 * (0.8**2 + 2**2) / 2)
     assert float(free.total) == pytest.approx(0.5 * (0 + 2**2) / 2)
+
+
+def test_the_loss_of_cloning_is_the_mean_over_the_tokens_of_the_whole_batch() -> None:
+    """Likelihoods 1/2, 1/4 and a masked 1/8 in one part, 1/16 in the other: ln 2 times (1 + 2 + 4) / 3."""
+    logprobs_BN = torch.tensor([logs(1 / 2, 1 / 4, 1 / 8), logs(1 / 16, 1, 1)])
+    mask_BN = torch.tensor([[True, True, False], [True, False, False]])
+    counts = Counts.of(mask_BN.numpy(), 1)
+    parts = [clone_loss(logprobs_BN[row], mask_BN[row], counts=counts) for row in ([0], [1])]
+    assert sum(float(part.total) for part in parts) == pytest.approx(math.log(2) * 7 / 3)
+    assert sum(float(part.metrics["nll"]) for part in parts) == pytest.approx(math.log(2) * 7 / 3)
 
 
 def test_logprobs_are_of_the_action_tokens_alone_at_the_temperature() -> None:
