@@ -1,5 +1,5 @@
-"""`python -m rl_trainer train | sft | reward-model | plan | doctor`: improve a policy online, clone behaviour, learn a
-reward, predict what a run takes, find what would stop it.
+"""`python -m rl_trainer train | session | sft | reward-model | plan | doctor`: improve a policy online, or on the
+robots in front of you; clone behaviour, learn a reward, predict what a run takes, find what would stop it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from rl_trainer.patience import ServerGone
 from rl_trainer.plan import PlanConfig, plan
 from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
+from rl_trainer.session_commands import SessionCommand, session
 from rl_trainer.sft import SftConfig, sft
 from rl_trainer.train import train
 from rl_trainer.train_config import TrainConfig
 
 COMMANDS = {
     TrainConfig: train,
+    SessionCommand: session,
     SftConfig: sft,
     RewardModelConfig: train_reward_model,
     PlanConfig: plan,
@@ -36,6 +38,7 @@ def main() -> int:
     config = tyro.extras.subcommand_cli_from_dict(
         {
             "train": TrainConfig,
+            "session": SessionCommand,
             "sft": SftConfig,
             "reward-model": RewardModelConfig,
             "plan": PlanConfig,

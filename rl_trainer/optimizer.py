@@ -74,6 +74,14 @@ class Optimizer:
         """Drops the gradient that was collected."""
         self.gradient_P.zero_()
 
+    def begin_again(self) -> None:
+        """From the weights as they are now, as if no step had been taken."""
+        if self.average_P is not None:
+            self.average_P.copy_(self.masters_P)
+        self._adamw.state.clear()
+        self.step_count = 0
+        self.forget()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model holds the moving average inside the block, where there is one."""

@@ -113,20 +113,7 @@ class RolloutQueue:
     def _read(self) -> tuple[int, list[tuple[int, Episode]]]:
         """The newest sequence number, and the counted episodes up to there that were not read yet, with theirs."""
         request = rollout_pb2.StreamEpisodesRequest(cursor=self._newest, run=self.run)
-        newest, read, records = self._newest, [], list[episode_pb2.EpisodeRecord]()
-        for part in self._stub.StreamEpisodes(request, timeout=self._patience_s):
-            newest = part.sequence
-            if part.damaged:
-                self.damaged.append(part.damaged)
-            if not part.HasField("record"):
-                continue
-            records.append(part.record)
-            if part.record.HasField("end"):
-                episode = Episode.of(records, f"episode {part.sequence} of the server")
-                if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
-                    read.append((part.sequence, episode))
-                records = []
-        return newest, read
+        return read_episodes(self._stub, request, self.damaged, timeout_s=self._patience_s)
 
     def _look(self) -> Iterator[Finished]:
         """Gives what the server has set aside, and asks again for the rest.
@@ -155,3 +142,30 @@ class RolloutQueue:
             patience_s=self._patience_s,
             passing=REPEATABLE,
         )
+
+
+def read_episodes(
+    stub: rollout_pb2_grpc.RolloutsStub,
+    request: rollout_pb2.StreamEpisodesRequest,
+    damaged: list[str],
+    *,
+    timeout_s: float,
+) -> tuple[int, list[tuple[int, Episode]]]:
+    """The newest sequence number, and the episodes up to there that did not end as errors, with theirs.
+
+    damaged: gets a sentence for each that cannot be read.
+    """
+    newest, read, records = request.cursor, [], list[episode_pb2.EpisodeRecord]()
+    for part in stub.StreamEpisodes(request, timeout=timeout_s):
+        newest = part.sequence
+        if part.damaged:
+            damaged.append(part.damaged)
+        if not part.HasField("record"):
+            continue
+        records.append(part.record)
+        if part.record.HasField("end"):
+            episode = Episode.of(records, f"episode {part.sequence} of the server")
+            if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
+                read.append((part.sequence, episode))
+            records = []
+    return newest, read

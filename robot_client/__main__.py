@@ -70,6 +70,8 @@ class Run:
     """Of each task; with --leases, in all."""
     leases: bool = False
     """Take the work from the server's rollout queue: what it holds of these tasks."""
+    session: str = ""
+    """Practise in this session of the server's, which says version and sampling (python -m rl_trainer session list)."""
     max_ticks: int = 200
     """Length of an episode unless the arm ends it earlier; 0 is no limit."""
     purpose: Purpose = "deploy"
@@ -109,6 +111,8 @@ class Run:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if not self.task:
             raise ValueError("task must be given at least once")
+        if self.session and (self.leases or self.server.startswith(OPENPI)):
+            raise ValueError("session must be without leases, which name their own, and of a policy server of ours")
         if self.leases and self.server.startswith(OPENPI):
             raise ValueError(f"leases must come from a policy server of ours, openpi's have none, got {self.server}")
 
@@ -277,8 +281,9 @@ def rollouts(command: Run) -> list[Rollout]:
     return [
         Rollout(
             task=task,
-            purpose=command.purpose,
+            purpose="train" if command.session else command.purpose,
             temperature=command.temperature,
+            session_id=command.session,
             seed=None if command.seed is None else command.seed + n,
         )
         for n, task in enumerate(turns)

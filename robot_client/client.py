@@ -148,6 +148,7 @@ class PolicyClient:
                 tick_rate_hz=arm.tick_rate_hz,
                 request_id=uuid.uuid4().hex,
                 lease_id=rollout.lease_id,
+                session_id=rollout.session_id,
             ),
         )
         return Opened(episode_id=reply.episode_id, version=reply.version, seed=reply.seed)

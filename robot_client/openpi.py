@@ -112,7 +112,7 @@ class OpenpiClient:
 
     def start_episode(self, rollout: Rollout, arm: ArmSpec) -> Opened:
         """Connects.  Raises BadRequest for what the protocol has no place for; a seed changes nothing."""
-        for name in ("version", "temperature", "noise_correlation", "lease_id"):
+        for name in ("version", "temperature", "noise_correlation", "lease_id", "session_id"):
             if asked := getattr(rollout, name):
                 raise BadRequest(f"openpi's protocol has no place for it, got {asked!r}", field=name)
         if self._dialect is None:

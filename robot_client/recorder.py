@@ -125,6 +125,7 @@ class Recorder(Observer):
             tick_rate_hz=self._arm.tick_rate_hz,
             started_unix_ns=self._started_unix_ns,
             state_names=self._policy.state_names,
+            session_id=rollout.session_id,
         )
 
     def _as_sent(self, observation: Observation) -> episode_pb2.Observation:

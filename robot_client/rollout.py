@@ -27,6 +27,8 @@ class Rollout:
     """Weights to pin the episode to; None is the live version."""
     follow_live: bool = False
     """Change to newer weights during the episode."""
+    session_id: str = ""
+    """The session that it is practice in; the server then says version, temperature and noise."""
     lease_id: str = ""
     """The lease it runs under (robot_client/leases.py); the server then knows all but the arm."""
 

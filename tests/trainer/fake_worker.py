@@ -1,10 +1,10 @@
-"""A worker without a simulator: it sees noise, and whether an episode succeeds is its seed's to say."""
+"""A worker without a simulator: it sees noise, and whether an episode succeeds is its seed's to say, or the test's."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from protos import episode_pb2, policy_pb2, rollout_pb2
@@ -16,8 +16,15 @@ DECISIONS, TICKS = 2, 3
 """Of every episode; K = 2, and the task ends, or time runs out, in the middle of the second chunk."""
 
 
+Succeeds = Callable[[policy_pb2.StartEpisodeReply], bool]
+
+
+def by_seed(start: policy_pb2.StartEpisodeReply) -> bool:
+    return start.seed % 2 == 0
+
+
 @contextmanager
-def working(server: RunningServer) -> Iterator[None]:
+def working(server: RunningServer, succeeds: Succeeds = by_seed) -> Iterator[None]:
     """Takes leases in a thread until the block ends."""
     over = threading.Event()
 
@@ -26,7 +33,7 @@ def working(server: RunningServer) -> Iterator[None]:
             request = rollout_pb2.LeaseRolloutRequest(worker="fake", can_run=["robosuite/*"])
             leased = server.rollouts.LeaseRollout(request)
             if leased.HasField("rollout"):
-                _run(server, leased)
+                _run(server, leased, succeeds)
             else:
                 time.sleep(0.05)
 
@@ -39,7 +46,7 @@ def working(server: RunningServer) -> Iterator[None]:
         thread.join()
 
 
-def _run(server: RunningServer, leased: rollout_pb2.LeaseRolloutReply) -> None:
+def _run(server: RunningServer, leased: rollout_pb2.LeaseRolloutReply, succeeds: Succeeds) -> None:
     policy = server.policy
     start = policy.StartEpisode(policy_pb2.StartEpisodeRequest(lease_id=leased.lease_id))
     seen = [observation((start.seed + number) % 1000) for number in range(DECISIONS + 1)]
@@ -53,7 +60,7 @@ def _run(server: RunningServer, leased: rollout_pb2.LeaseRolloutReply) -> None:
                 executed=executed[decision - 1] if decision else [],
             )
         )
-    success = start.seed % 2 == 0
+    success = succeeds(start)
     policy.EndEpisode(
         policy_pb2.EndEpisodeRequest(
             episode_id=start.episode_id,

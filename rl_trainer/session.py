@@ -1,0 +1,372 @@
+"""A session: test-time fine-tuning on the robots in front of you, `python -m rl_trainer session start`.
+
+    while the budget lasts:
+        robots play episodes, with the session's live version or, by chance, with the candidate     (the server)
+        finished episodes come in; their successes and their helpers' corrections become lessons
+        nothing is on trial and enough is new: PPO and lessons make new weights                       (learner.py)
+        they are published with proof, and offered; the gate promotes them or not                     (the server)
+
+A candidate that is rolled back takes the learner back to the live version; one that is undecided is learned on from.
+The state is saved before each offer and after each verdict; what came in since then is read again by a trainer that was
+killed.  The server keeps the session's episodes for that until the trainer is done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
+from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors, merge_lora, save_lora
+from protos import episode_pb2, rollout_pb2, session_pb2
+from protos.episode_file import Episode
+from rl_trainer.curriculum import Curriculum
+from rl_trainer.learner import Learner
+from rl_trainer.lessons import Lessons, interventions, successes
+from rl_trainer.metrics import Curve
+from rl_trainer.publisher import Publisher
+from rl_trainer.reward_model import load_reward_model
+from rl_trainer.run_state import load_state, save_state
+from rl_trainer.session_client import SessionClient
+from rl_trainer.session_config import SessionConfig
+from rl_trainer.shaping import shaped_rewards
+from rl_trainer.suite import catalogue, cells_of
+from rl_trainer.tally import Tally
+from rl_trainer.train import compute_device
+from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
+
+STATE, VERSIONS = "session.safetensors", "versions"
+EVENT = ("unix_ns", "what", "version", "by", "reason")
+"""What is kept of a line of the session's log."""
+POLL_S = 0.5
+VERDICTS = ("promote", "roll back", "undecided", "withdrawn", "refuse")
+KEPT = ("promote", "undecided", "withdrawn")
+"""Verdicts after which the learner goes on from the candidate's weights."""
+
+
+@dataclass(kw_only=True)
+class SessionState:
+    """All that is not in the learner's tensors."""
+
+    version: int
+    """what the learner's weights are, as the server numbers them"""
+    live: int
+    """the session's live version, when it was last looked at"""
+    first: int
+    """number of the last episode before the session"""
+    cursor: int
+    """of the last one that was taken in"""
+    candidate: int | None = None
+    """offered, or about to be; its verdict is not known yet"""
+    pool: dict[str, int] = field(default_factory=dict)
+    """number of an episode that may be learned from -> updates that it had part in"""
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    """episodes, successes, interventions, updates, rollouts"""
+    curriculum: dict[str, Any] = field(default_factory=dict)
+
+
+def train_session(config: SessionConfig) -> None:
+    """Runs until the budget is spent or the session is stopped; its robots then go on with the live version."""
+    if config.resume != (config.out / STATE).exists():
+        raise ValueError(f"{config.out} holds {'no session to resume' if config.resume else 'a session: add --resume'}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    run = SessionRun(config)
+    try:
+        run.go()
+    finally:
+        run.close()
+
+
+class SessionRun:
+    """The trainer of one session."""
+
+    def __init__(self, config: SessionConfig):
+        self.config, self.name, server = config, config.session_id, config.at.run_server
+        self.learner, self.checkpoint = make_learner(config)
+        self.client = SessionClient(server)
+        self.publisher = Publisher(
+            server.address,
+            server.admin_address,
+            model=self.checkpoint.model,
+            tokenizer=self.checkpoint.tokenizer,
+            credentials=server.credentials,
+            admin_credentials=server.admin_credentials,
+        )
+        self.reader = TrajectoryReader(self.checkpoint.config, self.checkpoint.tokenizer)
+        self.reward = None
+        if config.reward_model is not None:
+            self.reward = load_reward_model(config.reward_model, self.checkpoint.config, self.checkpoint.tokenizer)
+        self.curriculum = None
+        if config.suite:
+            cells = cells_of(catalogue(config.suite), config.tasks, config.split)
+            self.curriculum = Curriculum(cells, config.curriculum, seed=config.seed)
+        self.lessons = Lessons(config.lesson_capacity)
+        self._trajectories: dict[str, list[Trajectory]] = {}
+        """of the episodes in the pool"""
+        self.publisher.begin(config.base_version)
+        self.state = self._begin()
+        self.curve = Curve(config.out, first_step=self.state.counts["updates"] + 1)
+        self._began_s = time.monotonic() - self.state.seconds
+        self._save()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the session, all its parts together."""
+        return time.monotonic() - self._began_s
+
+    @property
+    def is_over(self) -> bool:
+        """The budget is spent."""
+        config = self.config
+        return self.state.counts["episodes"] >= config.budget_episodes or self.seconds > 60 * (
+            config.budget_minutes or float("inf")
+        )
+
+    def go(self) -> None:
+        """Until the budget is spent, or the session stopped."""
+        print(f"session {self.name}: robots join with --session {self.name}", flush=True)
+        while self.step():
+            time.sleep(POLL_S)
+        self._tell_the_end()
+        self.client.keep_after(self.name, self.state.cursor, leave=True)
+
+    def step(self) -> bool:
+        """Looks at the session and does what is due; False when it is over."""
+        session = self.client.get(self.name)
+        self._heed(session)
+        if session.state == session_pb2.SESSION_STATE_STOPPED or self.is_over:
+            return False
+        if session.state == session_pb2.SESSION_STATE_RUNNING:
+            self._ask_for_practice()
+            self._take_in()
+            if self.state.candidate is None and self._new >= self.config.update_every:
+                self.improve()
+        return True
+
+    def improve(self) -> None:
+        """An update from what came in; what it makes is offered."""
+        state, numbers = self.state, list(self.state.pool)
+        trajectories = [trajectory for number in numbers for trajectory in self._trajectories[number]]
+        steps = self.learner.steps
+        metrics = self.learner.update(trajectories, self._rewards(trajectories), self.lessons, version=state.version)
+        for number in numbers:
+            state.pool[number] += 1
+            if state.pool[number] >= self.config.reuse:
+                del state.pool[number], self._trajectories[number]
+        state.counts["updates"] += 1
+        self.curve.add(state.counts["updates"], **metrics, **self._spent())
+        if self.learner.steps > steps:  # while the critic warms up, and nothing can be imitated, the policy is the same
+            note = f"session {self.name} {state.counts['updates']}"
+            state.version = state.candidate = self.publisher.publish(state.live, note=note, live=False)
+            self._keep_weights(state.version)
+        self._save()
+        self._offer()
+
+    def close(self) -> None:
+        self.client.close()
+        self.publisher.close()
+        self.curve.close()
+
+    def _begin(self) -> SessionState:
+        """Where the session stands: begun now, or found."""
+        if self.config.resume:
+            fields, tensors = load_state(self.config.out / STATE)
+            self.learner.load(tensors)
+            state = SessionState(counts=Counter(fields.pop("counts")), **fields)
+            if self.curriculum is not None:
+                self.curriculum.load(state.curriculum)
+            self.client.start(self.config.request)
+            self._read_again(state)
+            return state
+        newest, _ = self.client.episodes(self.name, 0)
+        self.client.keep_after(self.name, newest)
+        session = self.client.start(self.config.request)
+        state = SessionState(version=self.config.base_version, live=session.live_version, first=newest, cursor=newest)
+        self._keep_weights(self.config.base_version)
+        return state
+
+    def _read_again(self, state: SessionState) -> None:
+        """The lessons and the pool of a trainer that was killed."""
+        _, episodes = self.client.episodes(self.name, state.first)
+        for number, episode in episodes:
+            if number <= state.cursor:
+                self._learn_from(str(number), episode, pooled=str(number) in state.pool)
+        state.pool = {number: uses for number, uses in state.pool.items() if number in self._trajectories}
+
+    def _heed(self, session: session_pb2.Session) -> None:
+        """What became of the candidate, and what people did."""
+        state = self.state
+        tried = session.candidate_version if session.HasField("candidate_version") else None
+        if state.candidate is not None and tried != state.candidate:
+            events = [e for e in session.log if e.version == state.candidate and e.what in VERDICTS]
+            if not events:  # killed between publishing and offering, or paused then
+                if session.state == session_pb2.SESSION_STATE_RUNNING:
+                    self._offer()
+                return
+            verdict = events[-1]
+            print(f"version {verdict.version}: {verdict.what} ({verdict.by}): {verdict.reason}", flush=True)
+            if verdict.what not in KEPT:
+                self._become(session.live_version)
+            elif verdict.what == "promote":
+                state.live = state.candidate
+            state.candidate = None
+            self._save()
+        if session.live_version != state.live:  # by a person's word
+            self._become(session.live_version)
+            state.live = session.live_version
+            self._save()
+
+    def _offer(self) -> None:
+        """The candidate, if there is one; what came of it is in the session's log."""
+        if self.state.candidate is None:
+            return
+        assert self.publisher.proof is not None
+        try:
+            reply = self.client.offer(self.name, self.state.candidate, self._fingerprint())
+        except ValueError as error:  # paused or stopped meanwhile
+            print(f"version {self.state.candidate} is not offered: {error}", flush=True)
+            return
+        became = "on trial" if reply.accepted else "refused"
+        print(f"version {self.state.candidate} is {became}: {reply.reason}", flush=True)
+
+    def _fingerprint(self) -> str:
+        """Of the candidate, as it was proved; anew where another life of this trainer did that."""
+        proof, version = self.publisher.proof, self.state.candidate
+        assert version is not None
+        if proof is None or proof.version != version:
+            proof = self.publisher.prove(version)
+        return proof.fingerprint
+
+    def _take_in(self) -> None:
+        """Episodes that have ended since."""
+        newest, episodes = self.client.episodes(self.name, self.state.cursor)
+        for number, episode in episodes:
+            success = episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+            self.state.counts["episodes"] += 1
+            self.state.counts["successes"] += success
+            if self.curriculum is not None and episode.start.rollout_id:
+                self.curriculum.observe(episode.start.task, episode.start.initial_state, success)
+            self._learn_from(str(number), episode, pooled=True)
+            if str(number) in self._trajectories:
+                self.state.pool[str(number)] = 0
+        self.state.cursor = newest
+
+    def _learn_from(self, number: str, episode: Episode, *, pooled: bool) -> None:
+        """Its lessons are remembered, and its trajectories where it is in the pool."""
+        try:
+            self.lessons.add(interventions(episode, self.reader))
+            trajectories = self.reader.read(episode)
+        except RefusedEpisode as error:
+            print(f"not learned from: {error}", flush=True)
+            return
+        self.lessons.add(successes(trajectories))
+        if pooled:
+            self._trajectories[number] = trajectories
+
+    @property
+    def _new(self) -> int:
+        """Episodes that no update has seen."""
+        return sum(uses == 0 for uses in self.state.pool.values())
+
+    def _rewards(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
+        gamma = self.learner.config.gamma if self.learner.config.advantage == "gae" else 1.0
+        rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
+        if self.config.reward == "process":
+            return [r_T - trajectory.rewards_T for r_T, trajectory in zip(rewards, trajectories, strict=True)]
+        return rewards
+
+    def _ask_for_practice(self) -> None:
+        """Workers have something to do."""
+        if self.curriculum is None:
+            return
+        missing = self.config.ahead - self.client.outstanding(self.name)
+        if missing <= 0:
+            return
+        first = self.state.counts["rollouts"]
+        self.state.counts["rollouts"] += missing
+        self.client.enqueue(
+            [
+                rollout_pb2.Rollout(
+                    rollout_id=f"{self.name}/{first + number}",
+                    task=task,
+                    initial_state=initial_state,
+                    purpose=episode_pb2.PURPOSE_TRAIN,
+                    session_id=self.name,
+                )
+                for number, (task, initial_state) in enumerate(self.curriculum.sample(missing))
+            ]
+        )
+
+    def _become(self, version: int) -> None:
+        """The learner goes back to a version of the session."""
+        path = self.config.out / VERSIONS / str(version) / WEIGHTS
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: version {version} became live, but this trainer has not made it")
+        matrices = lora_tensors(self.checkpoint.model)
+        with torch.no_grad():
+            for name, tensor in load_file(path).items():
+                matrices[name].copy_(tensor)
+        self.learner.policy_optimizer.begin_again()
+        self.state.version = version
+
+    def _keep_weights(self, version: int) -> None:
+        save_lora(self.checkpoint.model, self.config.out / VERSIONS / str(version), base=self.config.model)
+
+    def _save(self) -> None:
+        self.state.seconds = time.monotonic() - self._began_s
+        if self.curriculum is not None:
+            self.state.curriculum = self.curriculum.state()
+        fields = asdict(self.state) | {"counts": dict(self.state.counts)}
+        save_state(self.config.out / STATE, fields, self.learner.state())
+
+    def _spent(self) -> dict[str, float]:
+        tally = Tally(self.state.counts["successes"], self.state.counts["episodes"])
+        return {
+            "episodes": float(tally.episodes),
+            "successes": float(tally.successes),
+            "wall_clock_s": self.seconds,
+            "version": float(self.state.version),
+        }
+
+    def _tell_the_end(self) -> None:
+        self._save()
+        session = self.client.get(self.name)
+        log = [{name: getattr(event, name) for name in EVENT} for event in session.log]
+        (self.config.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+        adapter = self.config.out / VERSIONS / str(session.live_version)
+        print(f"version {session.live_version} is live; its adapter is {adapter}", flush=True)
+
+
+def make_learner(config: SessionConfig) -> tuple[Learner, Checkpoint]:
+    """An adapter to be trained, equal to the base version."""
+    device = compute_device(config.device)
+
+    def loaded() -> Checkpoint:
+        checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
+        if config.adapter is not None:
+            load_lora(checkpoint.model, config.adapter)
+        return checkpoint
+
+    checkpoint, reference = loaded(), None
+    if config.learner.loss.reference_weight:
+        reference = loaded().model
+        if config.adapter is not None:
+            merge_lora(reference)
+    if config.adapter is None:
+        torch.manual_seed(config.seed)
+        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+    learner = Learner(checkpoint.model, config.learner, reference=reference, seed=config.seed)
+    if config.critic is not None:
+        _, tensors = load_state(config.critic)
+        critic = {name.removeprefix("critic."): t for name, t in tensors.items() if name.startswith("critic.")}
+        learner.critic_optimizer.load(critic)
+    return learner, checkpoint

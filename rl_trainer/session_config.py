@@ -1,0 +1,161 @@
+"""What a session is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from protos import session_pb2
+from protos.channel import Credentials
+from rl_trainer.curriculum import CurriculumConfig
+from rl_trainer.launch import RunServer
+from rl_trainer.learner import LearnerConfig
+from rl_trainer.loss import LossConfig
+from rl_trainer.shaping import ShapingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """Where the server is, and what it is shown."""
+
+    server: str = "localhost:50051"
+    """HOST:PORT of the policy server"""
+    admin: str = "localhost:50052"
+    """HOST:PORT of its admin service"""
+    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
+    admin_token_file: Path | None = None
+    """file with the token for the admin service, which is shown to no other"""
+
+    @property
+    def run_server(self) -> RunServer:
+        return RunServer(
+            address=self.server,
+            credentials=self.credentials,
+            admin_address=self.admin,
+            admin_credentials=replace(self.credentials, token_file=self.admin_token_file),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """When a new version is promoted and when it is rolled back; what is not given is the server's own choice, and
+    policy_server/gate.py says what each means"""
+
+    margin: float | None = None
+    promote_error: float | None = None
+    rollback_error: float | None = None
+    trouble_error: float | None = None
+    trouble_rise: float | None = None
+    share: float | None = None
+    max_episodes: int | None = None
+    envelope: float | None = None
+
+    @property
+    def rule(self) -> session_pb2.GateRule:
+        return session_pb2.GateRule(**{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """Improves the policy on the robots that join: `python -m robot_client run --session ID`."""
+
+    at: tyro.conf.OmitArgPrefixes[At] = field(default_factory=At)
+    out: Path
+    """where its state, curve and adapters go"""
+    task: str = ""
+    """what the robots do, in words, for people"""
+    session: str = ""
+    """its id at the server; none given: the name of --out"""
+    resume: bool = False
+    """go on from --out"""
+    model: str = "nano"
+    """what the server serves: nano, or a checkpoint's folder or hub id"""
+    adapter: Path | None = None
+    """of --base-version, where that is an adapter"""
+    base_version: int = 0
+    """the version to begin with"""
+    reward: Literal["outcome", "process", "both"] = "outcome"
+    """success, progress as the reward model sees it, or success with progress in between"""
+    reward_model: Path | None = None
+    """what `python -m rl_trainer reward-model` has left; for process and both"""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    budget_episodes: int = 400
+    budget_minutes: float | None = None
+    """wall time; with episodes, whichever comes first"""
+    update_every: int = 32
+    """new episodes that an update waits for"""
+    reuse: int = 2
+    """updates that an episode may have part in"""
+    lesson_capacity: int = 4096
+    """decisions of each kind that are remembered, to be imitated"""
+    temperature: float = 0.5
+    """of the session's episodes"""
+    noise_correlation: float = 0.0
+    """of their noise, between the ticks of a chunk, in [0, 1)"""
+    gate: GateConfig = field(default_factory=GateConfig)
+    suite: str = ""
+    """also give workers (`python -m sim worker`) practice of this suite; none given: robots choose what they do"""
+    tasks: tuple[int, ...] = ()
+    """of the suite; none given: all"""
+    split: str = "train"
+    """initial states to practise on"""
+    ahead: int = 16
+    """rollouts that wait for workers, or are with them"""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    learner: LearnerConfig = field(
+        default_factory=lambda: LearnerConfig(
+            learning_rate=1e-4,
+            warm_up=1,
+            success_weight=0.3,
+            intervention_weight=1.0,
+            loss=LossConfig(reference_weight=0.02),
+        )
+    )
+    critic: Path | None = None
+    """state.safetensors of a run of the recipe on the same model, to begin with its critic"""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    freeze_vision: bool = False
+    """no adapter in vision towers and projector"""
+    threads: int = 1
+    """torch threads"""
+    device: str = "cpu"
+    """cpu, cuda, or auto (CUDA where there is one)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the base's weights; adapter and masters are float32 always"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("budget_episodes", "update_every", "reuse", "lesson_capacity", "ahead", "lora_rank", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise ValueError(f"budget_minutes must be above 0, or none for no limit, got {self.budget_minutes}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, since greedy choices teach nothing, got {self.temperature}")
+        if (self.reward == "outcome") != (self.reward_model is None):
+            raise ValueError(f"reward_model is for the rewards process and both, got {self.reward!r}")
+        if (self.adapter is None) != (self.base_version == 0):
+            raise ValueError("adapter and base_version are given together: the trainer must hold what the server does")
+        if self.learner.average:
+            raise ValueError(
+                f"average must be 0 in a session, whose gate tries the weights, got {self.learner.average}"
+            )
+
+    @property
+    def session_id(self) -> str:
+        return self.session or self.out.name
+
+    @property
+    def request(self) -> session_pb2.StartSessionRequest:
+        return session_pb2.StartSessionRequest(
+            session_id=self.session_id,
+            task=self.task,
+            base_version=self.base_version,
+            temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
+            rule=self.gate.rule,
+        )

@@ -1,0 +1,168 @@
+"""A session's trainer, whole but for the arm: the real server and gate, a tiny policy, a worker without a simulator."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from policy_server.version_store import VersionStore
+from policy_server.vla.lora import lora_tensors
+from policy_server.vla.policy import Policy
+from policy_server.vla_model import VlaModel
+from protos import session_pb2
+from protos.episode_file import Episode, read_episode
+from rl_trainer.learner import LearnerConfig
+from rl_trainer.loss import LossConfig
+from rl_trainer.run_state import load_state
+from rl_trainer.session import STATE, SessionRun, train_session
+from rl_trainer.session_client import SessionClient
+from rl_trainer.session_commands import Export, List, Rollback, Show
+from rl_trainer.session_config import At, GateConfig, SessionConfig
+from tests.server.running import RunningServer, serving
+from tests.trainer.fake_worker import Succeeds, by_seed, working
+
+
+@contextmanager
+def lab(model: Path, folder: Path, succeeds: Succeeds = by_seed) -> Iterator[RunningServer]:
+    policy = VlaModel(Policy.load(model), name="tiny", max_batch=8)
+    store = VersionStore(folder / "versions", first=policy.fingerprint(policy.first))
+    with (
+        serving(policy, max_batch=8, queue=64, versions=store, admin_port=0, episodes=folder / "episodes") as server,
+        working(server, succeeds),
+    ):
+        yield server
+
+
+def config_of(folder: Path, model: Path, server: RunningServer, **changes) -> SessionConfig:
+    settings = {
+        "at": At(server=server.address, admin=server.admin_address),
+        "model": str(model),
+        "suite": "robosuite",
+        "tasks": (0,),
+        "ahead": 4,
+        "update_every": 6,
+        "budget_episodes": 60,
+        "lora_rank": 2,
+        "gate": GateConfig(max_episodes=8, envelope=0.99),
+        "learner": LearnerConfig(
+            warm_up=0,
+            learning_rate=1e-3,
+            minibatch=8,
+            target_kl=0.0,
+            success_weight=0.5,
+            loss=LossConfig(reference_weight=0.1),
+        ),
+    }
+    return SessionConfig(out=folder / "lab", **settings | changes)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "lab" / "log.json").read_text())
+
+
+def episodes_of(folder: Path) -> list[Episode]:
+    return [read_episode(path) for path in sorted((folder / "episodes").glob("*.episode"))]
+
+
+def adapter(folder: Path, version: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "lab" / "versions" / str(version) / "adapter_model.safetensors")
+
+
+def test_a_version_that_does_better_is_promoted_and_the_next_is_made_of_it(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        train_session(config_of(tmp_path, tiny_vla, server))
+    verdicts = [(event["what"], event["version"]) for event in log_of(tmp_path)]
+    assert verdicts[:2] == [("offer", 1), ("promote", 1)] and ("offer", 2) in verdicts
+    played = Counter(episode.start.version for episode in episodes_of(tmp_path))
+    assert played[0] and played[1] and {episode.start.session_id for episode in episodes_of(tmp_path)} == {"lab"}
+
+
+def test_a_version_that_does_worse_is_rolled_back_and_the_learner_with_it(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version == 0) as server:
+        config = config_of(tmp_path, tiny_vla, server, update_every=30, gate=GateConfig(envelope=0.99))
+        with closing(SessionRun(config)) as run:
+            while not rolled_back(run):
+                assert run.step()
+            assert server.server.live_version == run.state.live == run.state.version == 0
+            now = {name: tensor.detach() for name, tensor in lora_tensors(run.checkpoint.model).items()}
+    assert adapter_equal(now, adapter(tmp_path, 0)) and not adapter_equal(now, adapter(tmp_path, 1))
+
+
+def rolled_back(run: SessionRun) -> bool:
+    return run.state.candidate is None and any(event.what == "roll back" for event in run.client.get("lab").log)
+
+
+def adapter_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_candidate_outside_the_envelope_is_seen_by_no_robot(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path) as server:
+        gate = GateConfig(envelope=1e-6)
+        train_session(config_of(tmp_path, tiny_vla, server, gate=gate, budget_episodes=20))
+    assert {event["what"] for event in log_of(tmp_path)} == {"refuse"}
+    assert {episode.start.version for episode in episodes_of(tmp_path)} == {0}
+
+
+def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        config = config_of(tmp_path, tiny_vla, server, budget_episodes=30)
+        killed = SessionRun(config)
+        killed._offer = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # published, and not offered yet
+        with closing(killed), pytest.raises(KeyboardInterrupt):
+            killed.go()
+        assert killed.state.candidate == 1
+        with pytest.raises(ValueError, match="add --resume"):
+            train_session(config)
+        train_session(replace(config, resume=True))
+        with closing(SessionClient(config.at.run_server)) as client:
+            _, episodes = client.episodes("lab", 0)
+    fields, _ = load_state(config.out / STATE)
+    assert next(event["version"] for event in log_of(tmp_path) if event["what"] == "offer") == 1
+    taken = [number for number, _ in episodes if number <= fields["cursor"]]
+    assert fields["counts"]["episodes"] == len(taken) >= 30
+    assert len({episode.start.rollout_id for episode in episodes_of(tmp_path)}) == len(episodes_of(tmp_path))
+
+
+def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        config = config_of(tmp_path, tiny_vla, server)
+        with closing(SessionRun(config)) as run:
+            while run.state.live != 1:
+                assert run.step()
+            run.client.control("lab", session_pb2.CONTROL_PAUSE)
+            run.step()
+            run.client.control("lab", session_pb2.CONTROL_ROLL_BACK, "it scratched the table")
+            run.step()
+            assert run.state.version == run.state.live == 0
+            lines = list(Show(at=config.at, session="lab").lines(run.client))
+            assert any("revert, version 0, by person: it scratched the table" in line for line in lines)
+            assert "paused, version 0 live" in next(iter(List(at=config.at).lines(run.client)))
+            out = tmp_path / "exported"
+            list(Export(at=config.at, session="lab", out=config.out, to=out).lines(run.client))
+            assert adapter_equal(load_file(out / "adapter_model.safetensors"), adapter(tmp_path, 0))
+            with pytest.raises(ValueError, match="nothing to go back to"):
+                list(Rollback(at=config.at, session="lab").lines(run.client))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"update_every": 0}, "update_every must be >= 1, got 0"),
+        ({"reward": "both"}, "reward_model is for"),
+        ({"base_version": 3}, "adapter and base_version are given together"),
+        ({"learner": LearnerConfig(average=0.9)}, "average must be 0"),
+    ],
+)
+def test_a_session_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SessionConfig(out=tmp_path, **changes)
