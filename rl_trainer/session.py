@@ -136,6 +136,8 @@ class SessionRun:
         print(f"session {self.name}: robots join with --session {self.name}", flush=True)
         while self.step():
             time.sleep(POLL_S)
+        if self.curriculum is not None:
+            self.client.cancel(self.name)
         self._tell_the_end()
         self.client.keep_after(self.name, self.state.cursor, leave=True)
 

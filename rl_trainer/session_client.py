@@ -80,6 +80,11 @@ class SessionClient:
         request = rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts)
         self._call(lambda: self._rollouts.EnqueueRollouts(request, timeout=DEFAULT_DEADLINE_S))
 
+    def cancel(self, run: str) -> None:
+        """Takes back what has not ended of a run's rollouts."""
+        request = rollout_pb2.CancelRolloutsRequest(run=run)
+        self._call(lambda: self._rollouts.CancelRollouts(request, timeout=DEFAULT_DEADLINE_S))
+
     def close(self) -> None:
         for channel in self._channels:
             channel.close()

@@ -25,6 +25,11 @@ from policy_server.vla.low_rank import LowRank, RowLinear, SideBySide
 from policy_server.vla.model import VLA
 
 
+MULTIPLE = 4
+"""Ranks are filled up with zeros to a multiple of it: other widths take, on some CPUs, a kernel whose rounding depends on
+the place in the batch."""
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a pass may add a low-rank product: one layer, or several that read the same input side by side."""
@@ -34,10 +39,10 @@ class Site:
     outputs: int
     """Of each layer."""
 
-    def sizes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sizes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the factors: (I, P * R) and (P, R, O)."""
         layers = len(self.names)
-        return (self.inputs, layers * rank), (layers, rank, self.outputs)
+        return (self.inputs, layers * width), (layers, width, self.outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +58,17 @@ class FactorLayout:
         return hashlib.sha256(repr((self.rank, self.sites)).encode()).hexdigest()
 
     @property
+    def width(self) -> int:
+        """Of the factors in memory: the rank, filled up."""
+        return -(-self.rank // MULTIPLE) * MULTIPLE
+
+    @property
     def numbers(self) -> int:
-        return sum(torch.Size(size).numel() for site in self.sites for size in site.sizes(self.rank))
+        return sum(torch.Size(size).numel() for site in self.sites for size in site.sizes(self.width))
 
     def views(self, flat: torch.Tensor) -> list[LowRank]:
         """The factors at each site, in the memory of one adapter (numbers,) or of a batch (B, numbers)."""
-        sizes = [size for site in self.sites for size in site.sizes(self.rank)]
+        sizes = [size for site in self.sites for size in site.sizes(self.width)]
         parts = flat.split([torch.Size(size).numel() for size in sizes], -1)
         factors = iter([part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)])
         return [LowRank(down_IR=down_IR, up_PRO=up_PRO) for down_IR, up_PRO in zip(factors, factors, strict=True)]
@@ -74,10 +84,11 @@ class Adapter:
 
     def layers(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Views for each layer: its name, A (R, I) and (alpha / r) B (O, R)."""
+        rank = self.layout.rank
         for site, factors in zip(self.layout.sites, self.layout.views(self.flat), strict=True):
-            downs_IR, ups_RO = factors.down_IR.split(self.layout.rank, -1), factors.up_PRO.unbind()
+            downs_IR, ups_RO = factors.down_IR.split(self.layout.width, -1), factors.up_PRO.unbind()
             for name, down_IR, up_RO in zip(site.names, downs_IR, ups_RO, strict=True):
-                yield name, down_IR.T, up_RO.T
+                yield name, down_IR[:, :rank].T, up_RO[:rank].T
 
     @property
     def fingerprint(self) -> str:

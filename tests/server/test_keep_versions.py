@@ -37,7 +37,7 @@ def numbers(versions: VersionStore) -> list[int]:
 
 
 def folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "sessions")
 
 
 def test_the_newest_are_kept_and_with_them_the_first_the_live_its_parent_and_what_is_needed(tmp_path):

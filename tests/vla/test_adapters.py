@@ -133,7 +133,7 @@ def bits(decoded: Decoded, row: int) -> tuple[bytes, bytes]:
 def test_the_base_goes_on_as_it_was_and_an_adapter_takes_the_memory_of_its_factors(checkpoint, base, tmp_path, rng):
     requests = requests_for(checkpoint, [None, None], rng)
     before, where = decode(base, requests), places(base)
-    adapted = learner(base, tmp_path)
+    adapted = learner(base, tmp_path, rank=4)
     home = Adapters(base)
     adapter = home.load(tmp_path)
     decode(base, [replace(request, adapter=adapter) for request in requests])
