@@ -24,10 +24,9 @@ from policy_server.vla.lora import linears, put, read_lora
 from policy_server.vla.low_rank import LowRank, RowLinear, SideBySide
 from policy_server.vla.model import VLA
 
-
 MULTIPLE = 4
-"""Ranks are filled up with zeros to a multiple of it: other widths take, on some CPUs, a kernel whose rounding depends on
-the place in the batch."""
+"""Ranks are filled up with zeros to a multiple of it: other widths take, on some CPUs, a kernel whose rounding depends
+on the place in the batch."""
 
 
 @dataclass(frozen=True)
