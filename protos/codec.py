@@ -101,7 +101,7 @@ def encode_pixels(
     elif format == "png":
         encoding, data = tensor_pb2.ENCODING_PNG, image.encode_png(pixels_HW3)
     else:
-        encoding, data = tensor_pb2.ENCODING_RAW_RGB8, memoryview(np.ascontiguousarray(pixels_HW3).reshape(-1))
+        encoding, data = tensor_pb2.ENCODING_RAW_RGB8, np.ascontiguousarray(pixels_HW3).reshape(-1).data
     return tensor_pb2.Image(encoding=encoding, height=height, width=width), data
 
 
