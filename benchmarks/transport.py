@@ -50,7 +50,7 @@ from robot_client.arm import ArmSpec, Limits, Observation, Task
 from robot_client.client import PolicyClient
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
-from robot_client.wire import encode_request
+from robot_client.wire import deciding, encode_request
 from tests.client.scripted_policy import BINS, VOCABULARY, spec_of
 
 RESULT = Path(__file__).parent / "results" / "transport.json"
@@ -201,9 +201,7 @@ def ask_at_once(link: Connection, address: str, stream: bool) -> None:
     """In a process of its own: makes as many calls as it is told, and tells what they took."""
     observation = seen()
     with grpc.insecure_channel(address, options=OPTIONS) as channel, contextlib.suppress(EOFError):
-        parse = policy_pb2.ActReply.FromString
-        act = channel.unary_unary("/vla_rl.Policy/Act", response_deserializer=parse)
-        act_stream = channel.stream_stream("/vla_rl.Policy/ActStream", response_deserializer=parse)
+        act, act_stream = deciding(channel)
         outbox = SimpleQueue[bytes]()
         replies = act_stream(iter(outbox.get, None)) if stream else None
         while True:

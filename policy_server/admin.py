@@ -6,9 +6,8 @@ Receiving is the event loop's and building a thread's; the engine goes on decodi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 
 from policy_server.errors import BadRequest, Overloaded, TooSlow
 from policy_server.observation import Observed, read_observation
-from policy_server.refusals import refusing
-from policy_server.version_store import FULL_DISK_RETRY_MS, Incoming, Kind, Version, VersionStore
+from policy_server.refusals import disk, refusing
+from policy_server.version_store import Incoming, Kind, Version, VersionStore
 from policy_server.versions import Versions
 from protos import admin_pb2, admin_pb2_grpc, policy_pb2
 from protos.codec import CodecError, decode_tensor, encode_tensor
@@ -98,7 +97,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     @refusing
     async def SetLive(self, request: admin_pb2.SetLiveRequest, context: Any) -> admin_pb2.SetLiveReply:
         self._versions.check(request.version)
-        with _disk():
+        with disk("the version store"):
             return admin_pb2.SetLiveReply(previous=await self._in_turn(self._versions.set_live, request.version))
 
     @refusing
@@ -145,7 +144,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> tuple[admin_pb2.WeightsHeader, Incoming]:
         """The whole of an upload, or nothing of it.  Raises Refused."""
         header = await self._header(requests)
-        with _disk():
+        with disk("the version store"):
             incoming = self._store.receive(KINDS[header.kind], header.bytes, header.adapter_config)
         try:
             await _receive(incoming, header, requests)
@@ -184,7 +183,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _publish(self, incoming: Incoming, header: admin_pb2.WeightsHeader) -> Version:
         try:
-            with _disk():
+            with disk("the version store"):
                 version = self._versions.publish(
                     incoming, parent=header.parent, note=header.note, set_live=header.set_live
                 )
@@ -239,7 +238,7 @@ async def _receive(
     requests: AsyncIterator[admin_pb2.PublishWeightsRequest],
 ) -> None:
     """The whole file.  Raises BadRequest when it is not what the header says."""
-    with _disk():
+    with disk("the version store"):
         while (request := await _next(requests)) is not None:
             if request.WhichOneof("part") != "data":
                 raise BadRequest("only data may follow the header, got another message", field="data")
@@ -259,17 +258,6 @@ async def _next(requests: AsyncIterator[admin_pb2.PublishWeightsRequest]) -> adm
         return await asyncio.wait_for(anext(requests, None), SILENCE_S)
     except asyncio.TimeoutError:
         raise TooSlow(f"the next part must come within {SILENCE_S:g} s, and did not") from None
-
-
-@contextlib.contextmanager
-def _disk() -> Iterator[None]:
-    """Turns a disk that refuses into a refusal."""
-    try:
-        yield
-    except OSError as error:
-        raise Overloaded(
-            f"the version store takes nothing more: {error.strerror}", retry_after_ms=FULL_DISK_RETRY_MS
-        ) from error
 
 
 def _info(version: Version, open_episodes: int) -> admin_pb2.VersionInfo:

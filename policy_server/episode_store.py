@@ -27,6 +27,7 @@ from typing import TypeVar
 
 from policy_server.cursors import Cursors
 from policy_server.errors import CannotStart, OutOfOrder, Overloaded
+from policy_server.refusals import FULL_DISK_RETRY_MS
 from protos import episode_pb2
 from protos.episode_file import (
     PARTIAL_SUFFIX,
@@ -41,7 +42,6 @@ from protos.episode_file import (
 
 log = logging.getLogger(__name__)
 
-FULL_DISK_RETRY_MS = 10_000
 DEFAULT_RESERVE_BYTES = 256 * 2**20
 ERROR_SUFFIX = f".error{SUFFIX}"
 LOST = (errno.ENOENT, errno.EIO)

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from policy_server.errors import InternalFault, Refused, Unavailable
+from policy_server.errors import InternalFault, Overloaded, Refused, Unavailable
 from policy_server.logs import Sparing, about
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ log.addFilter(Sparing())
 
 REFUSAL_KEY = "vla-rl-refusal-bin"
 RETRY_SOON_MS = 500
+FULL_DISK_RETRY_MS = 10_000
 IDS = {"episode": "episode_id", "decision": "decision"}
 """In the log -> in a request."""
 MAX_ID = 100
@@ -63,6 +64,15 @@ def refusals_only() -> Iterator[None]:
     except Exception as error:
         log.exception("a request failed inside the server")
         raise InternalFault("the server failed on this request; its log says why") from error
+
+
+@contextlib.contextmanager
+def disk(what: str) -> Iterator[None]:
+    """Turns a disk that refuses into a refusal: what lies there takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        raise Overloaded(f"{what} takes nothing more: {error.strerror}", retry_after_ms=FULL_DISK_RETRY_MS) from error
 
 
 def refusing(handler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from policy_server.errors import BadRequest, OutOfOrder
 from policy_server.gate import GateRule
 from policy_server.observation import MAX_NAME, Observed, check_sampling, read_observation
 from policy_server.refusals import refusing
-from policy_server.session import Charter, Session
+from policy_server.session import Charter, Session, What
 from policy_server.sessions import NO_SESSIONS, Sessions
 from policy_server.version_store import FIRST_VERSION, VersionStore
 from policy_server.versions import Versions
@@ -30,10 +30,10 @@ REPLAYED = 16
 """Observations that a candidate answers before it goes on trial."""
 REPLAYED_EPISODES = 4
 """Of the session's latest episodes."""
-STATES = {
-    "running": session_pb2.SESSION_STATE_RUNNING,
-    "paused": session_pb2.SESSION_STATE_PAUSED,
-    "stopped": session_pb2.SESSION_STATE_STOPPED,
+SET_STATE: Mapping[int, What] = {
+    session_pb2.CONTROL_PAUSE: "pause",
+    session_pb2.CONTROL_RESUME: "resume",
+    session_pb2.CONTROL_STOP: "stop",
 }
 
 Answer = Callable[[int, Any], Awaitable[DecodeAnswer]]
@@ -119,12 +119,8 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             await asyncio.to_thread(sessions.promote, name, note)
         elif request.control == session_pb2.CONTROL_ROLL_BACK:
             await asyncio.to_thread(sessions.roll_back, name, note)
-        elif request.control == session_pb2.CONTROL_PAUSE:
-            await asyncio.to_thread(sessions.set_state, name, "pause", note)
-        elif request.control == session_pb2.CONTROL_RESUME:
-            await asyncio.to_thread(sessions.set_state, name, "resume", note)
-        elif request.control == session_pb2.CONTROL_STOP:
-            await asyncio.to_thread(sessions.set_state, name, "stop", note)
+        elif request.control in SET_STATE:
+            await asyncio.to_thread(sessions.set_state, name, SET_STATE[request.control], note)
         else:
             raise BadRequest(
                 f"must be PROMOTE, ROLL_BACK, PAUSE, RESUME or STOP, got code {request.control}", field="control"
@@ -201,7 +197,7 @@ def described(session: Session, *, with_log: bool) -> session_pb2.Session:
         temperature=charter.temperature,
         noise_correlation=charter.noise_correlation,
         rule=session_pb2.GateRule(**asdict(charter.rule)),
-        state=STATES[session.state],
+        state=f"SESSION_STATE_{session.state.upper()}",
         live_version=session.live,
         candidate_version=session.candidate,
         past_versions=session.past,

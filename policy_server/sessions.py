@@ -23,6 +23,7 @@ from pathlib import Path
 from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart, OutOfOrder, Overloaded, UnknownSession
 from policy_server.gate import Trial
+from policy_server.refusals import disk
 from policy_server.session import Begun, By, Charter, Event, Session, Turns, What, moves, trial_of
 from protos import episode_pb2
 from protos.episode_file import DamagedEpisode, Episode, sync
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 SUFFIX = ".jsonl"
 MOST_SESSIONS = 64
 """So many may be going on: each has up to two adapters in memory."""
-FULL_RETRY_MS = 10_000
+CROWDED_RETRY_MS = 10_000
+LOG = "the session log"
 NO_SESSIONS = "this server has no sessions: start it with --episodes DIR and --admin-port PORT"
 
 
@@ -97,8 +99,8 @@ class Sessions:
                     raise OutOfOrder("there is another session of that id", field="session_id")
                 return
             if sum(session.state != "stopped" for session in self._sessions.values()) >= MOST_SESSIONS:
-                raise Overloaded(f"{MOST_SESSIONS} sessions are going on, the most", retry_after_ms=FULL_RETRY_MS)
-            with _disk():
+                raise Overloaded(f"{MOST_SESSIONS} sessions are going on, the most", retry_after_ms=CROWDED_RETRY_MS)
+            with disk(LOG):
                 self._write(charter.session_id, asdict(charter))
                 sync(self._folder)
             self._add(Session(charter))
@@ -237,7 +239,7 @@ class Sessions:
             trial=trial,
             on_trial=on_trial,
         )
-        with _disk():
+        with disk(LOG):
             self._write(session.charter.session_id, event.line)
         with self._lock:
             session.apply(event)
@@ -292,14 +294,3 @@ def _read(path: Path) -> Session:
     for event in events:
         session.apply(Event.of(event))
     return session
-
-
-@contextlib.contextmanager
-def _disk() -> Iterator[None]:
-    """Turns a disk that refuses into a refusal."""
-    try:
-        yield
-    except OSError as error:
-        raise Overloaded(
-            f"the session log takes nothing more: {error.strerror}", retry_after_ms=FULL_RETRY_MS
-        ) from error

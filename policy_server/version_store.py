@@ -30,6 +30,7 @@ from typing import Literal
 from weakref import WeakSet
 
 from policy_server.errors import CannotStart, Overloaded, UnknownVersion
+from policy_server.refusals import FULL_DISK_RETRY_MS
 from protos.episode_file import sync
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ RECORD, STATE = "version.json", "state.json"
 INCOMING, DELETED = "incoming-", "deleted-"
 DEFAULT_KEEP_VERSIONS = 16
 
-FULL_DISK_RETRY_MS = 10_000
 RESERVE_BYTES = 256 * 2**20
 SWAPS = 100
 """So many are remembered."""

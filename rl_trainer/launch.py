@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from protos.channel import Credentials, free_port
@@ -135,6 +135,16 @@ class RunServer:
     admin_address: str
     """HOST:PORT of its admin service"""
     admin_credentials: Credentials
+
+    @classmethod
+    def given(cls, address: str, admin: str, credentials: Credentials, admin_token_file: Path | None) -> RunServer:
+        """One that runs already: the admin service is shown the same certificates, and a token of its own."""
+        return cls(
+            address=address,
+            credentials=credentials,
+            admin_address=admin,
+            admin_credentials=replace(credentials, token_file=admin_token_file),
+        )
 
 
 def own_tokens(folder: Path) -> tuple[Path, dict[str, Credentials]]:

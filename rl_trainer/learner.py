@@ -113,6 +113,11 @@ class LearnerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
+    @property
+    def reward_gamma(self) -> float:
+        """The discount with which rewards are shaped: GRPO and RLOO add up a trajectory's without one."""
+        return self.gamma if self.advantage == "gae" else 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opinion:

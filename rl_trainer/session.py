@@ -231,7 +231,6 @@ class SessionRun:
         """The candidate, if there is one; what came of it is in the session's log."""
         if self.state.candidate is None:
             return
-        assert self.publisher.proof is not None
         try:
             reply = self.client.offer(self.name, self.state.candidate, self._fingerprint())
         except ValueError as error:  # paused or stopped meanwhile
@@ -280,8 +279,7 @@ class SessionRun:
         return sum(uses == 0 for uses in self.state.pool.values())
 
     def _rewards(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
-        gamma = self.learner.config.gamma if self.learner.config.advantage == "gae" else 1.0
-        rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
+        rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=self.config.learner.reward_gamma)
         if self.config.reward == "process":
             return [r_T - trajectory.rewards_T for r_T, trajectory in zip(rewards, trajectories, strict=True)]
         return rewards

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from protos import rollout_pb2, rollout_pb2_grpc, session_pb2, session_pb2_grpc
-from protos.channel import DEFAULT_DEADLINE_S, dial
+from protos.channel import DEFAULT_DEADLINE_S, Credentials, dial
 from protos.episode_file import Episode
 from rl_trainer.launch import RunServer
 from rl_trainer.patience import patiently
@@ -90,21 +90,12 @@ class SessionClient:
             channel.close()
 
     def _call(self, call: Callable[[], T]) -> T:
-        server = self._server
-        return patiently(
-            call,
-            address=server.address,
-            credentials=server.credentials,
-            patience_s=self._patience_s,
-            passing=REPEATABLE,
-        )
+        return self._patiently(call, self._server.address, self._server.credentials)
 
     def _admin(self, call: Callable[[], T]) -> T:
-        server = self._server
+        return self._patiently(call, self._server.admin_address, self._server.admin_credentials)
+
+    def _patiently(self, call: Callable[[], T], address: str, credentials: Credentials) -> T:
         return patiently(
-            call,
-            address=server.admin_address,
-            credentials=server.admin_credentials,
-            patience_s=self._patience_s,
-            passing=REPEATABLE,
+            call, address=address, credentials=credentials, patience_s=self._patience_s, passing=REPEATABLE
         )

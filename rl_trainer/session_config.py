@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +31,7 @@ class At:
 
     @property
     def run_server(self) -> RunServer:
-        return RunServer(
-            address=self.server,
-            credentials=self.credentials,
-            admin_address=self.admin,
-            admin_credentials=replace(self.credentials, token_file=self.admin_token_file),
-        )
+        return RunServer.given(self.server, self.admin, self.credentials, self.admin_token_file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,8 +220,7 @@ class Run:
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
         self._tell(lambda o: o.on_phase("learn"))
-        # GRPO and RLOO add up a trajectory's rewards without a discount.
-        gamma = self.config.learner.gamma if self.config.learner.advantage == "gae" else 1.0
+        gamma = self.config.learner.reward_gamma
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=gamma)
         with self.publisher.server_asleep() if self.config.server_sleeps else nullcontext():
             self.learner.ranks.share((trajectories, rewards))

@@ -126,12 +126,7 @@ class TrainConfig:
     @property
     def given_server(self) -> RunServer:
         """The running server that was asked for."""
-        return RunServer(
-            address=self.server,
-            credentials=self.credentials,
-            admin_address=self.admin,
-            admin_credentials=replace(self.credentials, token_file=self.admin_token_file),
-        )
+        return RunServer.given(self.server, self.admin, self.credentials, self.admin_token_file)
 
 
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")

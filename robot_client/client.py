@@ -21,7 +21,7 @@ from robot_client.backoff import persist
 from robot_client.errors import BadAnswer, DeadlineExceeded, PolicyError, ServerLost, looked_into, of_refusal, of_rpc
 from robot_client.rollout import Rollout
 from robot_client.spec import PolicySpec
-from robot_client.wire import encode_observation, encode_request
+from robot_client.wire import deciding, encode_observation, encode_request
 
 T = TypeVar("T")
 
@@ -104,13 +104,7 @@ class PolicyClient:
         self._credentials = credentials
         self._channel = dial(address, credentials)
         self._stub = policy_pb2_grpc.PolicyStub(self._channel)
-        # These two take bytes.
-        self._act = self._channel.unary_unary(
-            "/vla_rl.Policy/Act", response_deserializer=policy_pb2.ActReply.FromString
-        )
-        act_stream = self._channel.stream_stream(
-            "/vla_rl.Policy/ActStream", response_deserializer=policy_pb2.ActReply.FromString
-        )
+        self._act, act_stream = deciding(self._channel)
         self._stream = ActStream(act_stream, address) if stream else None
         self._spec: PolicySpec | None = None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import grpc
+
 from protos import episode_pb2, policy_pb2, tensor_pb2
 from protos.codec import ImageFormat, encode_image, encode_pixels, encode_tensor
 from robot_client.arm import Observation
@@ -46,6 +48,15 @@ def encode_request(
         seen = _field(episode_pb2.Observation.IMAGES_FIELD_NUMBER, entry)
         parts += _field(policy_pb2.ActRequest.OBSERVATION_FIELD_NUMBER, seen)
     return b"".join(parts)
+
+
+def deciding(channel: grpc.Channel) -> tuple[grpc.UnaryUnaryMultiCallable, grpc.StreamStreamMultiCallable]:
+    """Act and ActStream, of which requests are encode_request()'s bytes."""
+    parse = policy_pb2.ActReply.FromString
+    return (
+        channel.unary_unary("/vla_rl.Policy/Act", response_deserializer=parse),
+        channel.stream_stream("/vla_rl.Policy/ActStream", response_deserializer=parse),
+    )
 
 
 def _beside_frames(observation: Observation) -> episode_pb2.Observation:
