@@ -10,8 +10,7 @@ before it.  They are no samples of the policy's: the temperature is 1, as for de
 moved are left out: a hold's, and those at which a person had the arm in hand and only waited.  A policy that learns to
 stand still where it was helped stands there for good.
 
-The robot asks nothing while a person drives.  Of a takeover, therefore, only what lies within a chunk of the last
-observations before it can be a label.
+The robot asks about what it sees while a person drives as well, once a chunk; nobody follows those answers.
 
 Shapes: T ticks, M of them at which something moved, K actions of a chunk, A numbers of an action, N = K*A tokens.
 """

@@ -103,7 +103,7 @@ class Episode:
         self._latency_ticks = config.latency_ticks
         self._measures_latency = config.ahead_ticks is None
         self._started_s = time.monotonic()
-        self._ticks = self._holds = self._clips = self._human = self._asked_tick = 0
+        self._ticks = self._holds = self._clips = self._human = 0
         self._spec = spec
         try:
             self._chunks = Chunks(
@@ -114,6 +114,7 @@ class Episode:
             )
         except ValueError as error:
             raise SpecMismatch([str(error)]) from error
+        self._asked_tick = -self._chunks.horizon
         self._gate = SafetyGate(
             arm.spec,
             policy_low_A=spec.low_A,
@@ -134,7 +135,8 @@ class Episode:
     @property
     def must_wait(self) -> bool:
         """True while an arm in lockstep may not move: its answer is due."""
-        return self._lockstep and self._answer_is_due
+        waits = self.pending is not None or self._policy_may_act
+        return self._lockstep and self._answer_is_due and waits
 
     @property
     def pending(self) -> Future[Answer] | None:
@@ -176,9 +178,9 @@ class Episode:
                 return
             if not self._lockstep or self._answer_is_due:
                 self._take_in(self._decisions.poll())
-            if not self._policy_may_act:
+            if not (self._policy_may_act or self._person_may_ask):
                 self._decisions.rest()
-            elif self._chunks.wants_observation and self._decisions.may_ask:
+            elif self._decision_is_due and self._decisions.may_ask:
                 self._ask()
 
     def move(self) -> None:
@@ -245,6 +247,20 @@ class Episode:
     def _policy_may_act(self) -> bool:
         state, wish = self._state, self._wish
         return not (state.trouble or state.blind or wish.stopped or wish.action_A is not None)
+
+    @property
+    def _person_may_ask(self) -> bool:
+        """A person drives: what is seen is asked about for the record, once, as nobody waits for the answer."""
+        return self._wish.action_A is not None and not (
+            self._state.trouble or self._state.blind or self._wish.stopped or self._decisions.trouble
+        )
+
+    @property
+    def _decision_is_due(self) -> bool:
+        """The policy needs one, or a person has driven for a chunk's length since the last."""
+        if self._wish.action_A is None:
+            return self._chunks.wants_observation
+        return self._ticks >= self._asked_tick + self._chunks.horizon
 
     @property
     def _policy_is_kept_out(self) -> bool:

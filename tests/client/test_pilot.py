@@ -47,8 +47,21 @@ def test_a_takeover_is_recorded_tick_by_tick_and_the_policy_is_asked_anew(client
     human, by_policy = episode_pb2.SOURCE_HUMAN, episode_pb2.SOURCE_POLICY
     assert kinds == [by_policy] * 2 + [human] * 3 + [by_policy] * 7 and result.human == 3
     np.testing.assert_array_equal(np.array(arm.applied[2:5]), [LEFT] * 3)
-    assert [(tick.decision, tick.index) for tick in episode.ticks[2:5]] == [(0, 2), (0, 3), (0, 4)]
-    assert (episode.ticks[5].decision, episode.ticks[5].index) == (1, 0)
+    assert [(tick.decision, tick.index) for tick in episode.ticks[2:6]] == [(0, 2), (0, 3), (1, 0), (2, 0)]
+
+
+def test_while_a_person_drives_what_is_seen_is_asked_about_once_a_chunk(client, policy):
+    _, result = run_one(client, lambda tick: Wish(action_A=LEFT if tick < 10 else None))
+    ticks = [(tick.decision, tick.index) for tick in policy.only_episode.ticks]
+    assert ticks == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert (result.human, result.decisions, result.outcome) == (10, 4, "failure")
+
+
+def test_what_is_asked_for_the_record_alone_is_not_asked_again(client, policy):
+    policy.script[1] = [Refuse(grpc.StatusCode.UNAVAILABLE)] * 2
+    _, result = run_one(client, lambda tick: Wish(action_A=LEFT if 2 <= tick < 8 else None))
+    assert len(policy.only_episode.requests) == 4, "decision 1: once in the takeover, twice after it"
+    assert (result.human, result.ticks, result.decisions, result.outcome) == (6, 12, 2, "failure")
 
 
 def test_a_person_is_clipped_like_a_policy(client, policy):
