@@ -27,6 +27,10 @@ def no_observers(rollout: Rollout) -> Sequence[Observer]:
     return ()
 
 
+def no_pilot(arm: Arm, rollout: Rollout) -> Pilot | None:
+    return None
+
+
 def run(
     arm: Arm,
     rollouts: Iterable[Rollout],
@@ -38,7 +42,7 @@ def run(
 ) -> Iterator[EpisodeResult]:
     """One arm after its own clock: lockstep for a simulated arm, real time for any other."""
     if arm.spec.lockstep:
-        return run_lockstep([arm], rollouts, client, config, observers=observers, pilot=pilot)
+        return run_lockstep([arm], rollouts, client, config, observers=observers, pilots=lambda arm, rollout: pilot)
     return run_real_time(arm, rollouts, client, config, observers=observers, pilot=pilot)
 
 
@@ -73,7 +77,7 @@ def run_lockstep(
     config: EpisodeConfig | None = None,
     *,
     observers: Callable[[Rollout], Sequence[Observer]] = no_observers,
-    pilot: Pilot | None = None,
+    pilots: Callable[[Arm, Rollout], Pilot | None] = no_pilot,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[EpisodeResult]:
     """Many simulated arms in one thread, an episode on each, their requests in flight together.
@@ -86,7 +90,7 @@ def run_lockstep(
         while True:
             while idle and (rollout := next(rollouts, None)) is not None:
                 arm = idle.pop()
-                spec, watchers = client.spec(), observers(rollout)
+                spec, watchers, pilot = client.spec(), observers(rollout), pilots(arm, rollout)
                 episode = Episode(arm, rollout, client, spec, config or EpisodeConfig(), watchers, pilot)
                 running.append(episode)
                 episode.start()

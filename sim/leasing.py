@@ -20,14 +20,16 @@ from robot_client.errors import PolicyError
 from robot_client.leases import Lease, Leases, worker_name
 from robot_client.rollout import Rollout
 from sim import assets
+from sim.corrector import Correction
 from sim.evaluate import WORKER_ENVIRONMENT
 from sim.job_queue import Job
 from sim.libero_arm import LiberoArm, SimulatedTask
 from sim.pool import Answer, Deadlines, Pool, Progress, Runner
+from sim.scene import Scene
 from sim.scenes import Scenes, default_budget_gb
 from sim.shifts import find_shift
 from sim.suites import SUITES, find_suite, find_task
-from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on, scenes_of
+from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on, scene_of, scenes_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class LeasingConfig:
     """Training episodes are drawn with simplified meshes, in a third of the time; evaluations never are."""
     shift: str = ""
     """A shifted world (sim/shifts.py): camera, light, friction, objects or all; none given: the world as it is."""
+    correction: Correction = field(default_factory=Correction)
     memory_gb: float = 0.0
     """Memory a process may fill before it drops scenes, GiB; 0: a share of the machine's."""
     step_deadline_s: float = 90.0
@@ -73,6 +76,7 @@ def main(config: LeasingConfig) -> int:
         memory_gb=config.memory_gb or default_budget_gb(config.processes),
         coarse_practice=config.coarse_practice,
         shift=find_shift(config.shift),
+        correction=config.correction,
     )
     can_run = tuple(f"{suite}/*" for suite in config.suites or suites_here())
     logger.info("%d processes take rollouts of %s from %s", config.processes, ", ".join(can_run), config.server)
@@ -117,16 +121,23 @@ def _man_post(
         progress("build")
         try:
             arms = arms_on(scenes, lease.rollout.task, client, config.slots)
+            scene = scene_of(scenes, lease.rollout.task)
         except ValueError as error:
             leases.give_back(lease.lease_id, str(error))
         else:
-            _run_leases(config, client, leases, arms, lease, progress)
+            _run_leases(config, client, leases, arms, scene, lease, progress)
             scenes.require_budget()
     yield
 
 
 def _run_leases(
-    config: WorkerConfig, client: PolicyClient, leases: Leases, arms: list[LiberoArm], first: Lease, progress: Progress
+    config: WorkerConfig,
+    client: PolicyClient,
+    leases: Leases,
+    arms: list[LiberoArm],
+    scene: Scene,
+    first: Lease,
+    progress: Progress,
 ) -> None:
     """Runs one lease and, interleaved with it, whatever else there is to do on its scene."""
     task = first.rollout.task
@@ -142,7 +153,12 @@ def _run_leases(
                 return  # what is under way goes on, and is told so
 
     results = run_lockstep(
-        arms, rollouts(), client, observers=lambda _: [Heartbeat(progress)], on_wait=lambda: progress("step")
+        arms,
+        rollouts(),
+        client,
+        observers=lambda _: [Heartbeat(progress)],
+        pilots=lambda arm, rollout: config.correction.pilot(arm, scene, rollout),
+        on_wait=lambda: progress("step"),
     )
     for result in results:
         leases.settle(result)

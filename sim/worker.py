@@ -24,6 +24,7 @@ from robot_client.drivers import run_lockstep
 from robot_client.episode import EpisodeConfig
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
+from sim.corrector import Correction
 from sim.job_queue import Job
 from sim.libero_arm import LiberoArm
 from sim.pool import Answer, Progress, Runner
@@ -56,6 +57,8 @@ class WorkerConfig:
     """training episodes are drawn with simplified meshes"""
     shift: Shift | None = None
     """what is changed in the world"""
+    correction: Correction = field(default_factory=Correction)
+    """of leased practice"""
     memory_gb: float
     """size above which a process drops scenes, and then retires"""
     videos: Path | None = None
@@ -110,10 +113,16 @@ def _run_group(
     scenes.require_budget()
 
 
-def arms_on(scenes: Scenes, task: str, client: Client, slots: int) -> list[LiberoArm]:
-    """So many arms, interleaved on the task's scene, that see what the client's policy wants to see."""
+def scene_of(scenes: Scenes, task: str) -> Scene:
+    """The task's, built or held."""
     scene = scenes.of(task)
     assert isinstance(scene, Scene)
+    return scene
+
+
+def arms_on(scenes: Scenes, task: str, client: Client, slots: int) -> list[LiberoArm]:
+    """So many arms, interleaved on the task's scene, that see what the client's policy wants to see."""
+    scene = scene_of(scenes, task)
     sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
     return [LiberoArm(scene=scene, image_sizes=sizes) for _ in range(slots)]
 

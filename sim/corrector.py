@@ -1,0 +1,56 @@
+"""A scripted person beside a simulated arm: watches some of a session's practice, and takes over from a policy that is
+not done in time.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from robot_client.arm import Arm
+from robot_client.pilot import Wish
+from robot_client.rollout import Rollout
+from sim.expert import Expert
+from sim.expert_tasks import recipe_for
+from sim.scene import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Which episodes of practice are corrected, and when."""
+
+    share: float = 0.0
+    """of the episodes, drawn by chance, that are watched"""
+    after_ticks: int = 80
+    """the policy has had when the corrector takes over, to the end of the episode"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {self.share}")
+        if self.after_ticks < 0:
+            raise ValueError(f"after_ticks must not be negative, got {self.after_ticks}")
+
+    def pilot(self, arm: Arm, scene: Scene, rollout: Rollout) -> Corrector | None:
+        """Of an episode that is to begin; None: nobody watches, as always in evaluations.
+
+        Raises ValueError for a task without an expert.
+        """
+        if rollout.purpose != "train" or random.random() >= self.share:
+            return None
+        return Corrector(arm, scene, after_ticks=self.after_ticks)
+
+
+class Corrector:
+    """A Pilot of one episode.  Drives as the scripted expert of the scene's task would."""
+
+    def __init__(self, arm: Arm, scene: Scene, *, after_ticks: int):
+        self._arm, self._after_ticks = arm, after_ticks
+        self._expert = Expert(scene, recipe_for(scene.task))
+
+    def wish(self) -> Wish:
+        """See Pilot."""
+        if self._arm.state().tick < self._after_ticks:  # asked, an arm puts its own episode in the scene
+            return Wish()
+        return Wish(action_A=self._expert.action().astype(np.float32))
