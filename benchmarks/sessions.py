@@ -222,8 +222,8 @@ def spoil(run: SessionRun, trainer: Trainer) -> None:
     learner, rng = run.learner, np.random.default_rng(run.config.seed)
     advantages, matrices = learner._advantages, lora_tensors(run.checkpoint.model)
 
-    def shuffled(*batch) -> tuple[np.ndarray, np.ndarray]:
-        advantage_n, target_n = advantages(*batch)
+    def shuffled(trajectories, rewards, looked) -> tuple[np.ndarray, np.ndarray]:
+        advantage_n, target_n = advantages(trajectories, rewards, looked)
         return rng.permutation(advantage_n), target_n
 
     def random(*batch, **options) -> dict[str, float]:

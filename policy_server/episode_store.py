@@ -162,10 +162,11 @@ class EpisodeStore:
             self._check(cursor)
             return [self._stored[n] for n in range(cursor + 1, self._last + 1) if n in self._stored]
 
-    def latest(self, count: int) -> list[Stored]:
-        """What was finished last, newest first."""
+    def latest(self, count: int, session_id: str = "") -> list[Stored]:
+        """What was finished last, newest first; a session's alone where one is named."""
         with self._lock:
-            return list(itertools.islice(reversed(self._stored.values()), count))
+            wanted = (s for s in reversed(self._stored.values()) if not session_id or s.session_id == session_id)
+            return list(itertools.islice(wanted, count))
 
     def beyond(self, cursor: int) -> Future[None]:
         """Done when an episode after the cursor is whole."""

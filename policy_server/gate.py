@@ -39,6 +39,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Verdict = Literal["open", "promote", "roll back", "undecided"]
+Z_95 = 1.959964
+"""Of a normal distribution, what 95 % lie within, in standard deviations."""
 LEVELS = tuple(tenth / 10 for tenth in range(1, 10))
 """Shares of an episode's ticks."""
 
@@ -114,6 +116,15 @@ class Counts(NamedTuple):
     def rate(self) -> float:
         """0 without episodes."""
         return self.successes / max(self.episodes, 1)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's at 95 %, to be shown: no verdict rests on it.  All of [0, 1] without episodes."""
+        if not self.episodes:
+            return 0.0, 1.0
+        n, p, z2 = self.episodes, self.rate, Z_95**2
+        middle, reach = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        return max(0.0, (middle - reach) / (1 + z2 / n)), min(1.0, (middle + reach) / (1 + z2 / n))
 
 
 @dataclass(frozen=True, kw_only=True)

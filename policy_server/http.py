@@ -3,12 +3,14 @@
     /                                the page: index.html, page.css, page.js of page/, and nothing from elsewhere
     /state                           everything about now, as JSON (policy_server/watch.py)
     /robots/EPISODE/frame            the latest frame of an open episode, as JPEG
-    /episodes                        the stored episodes, newest first, as JSON
+    /episodes                        the stored episodes, newest first, as JSON; with ?session=ID that session's alone
     /episodes/EPISODE/frames/INDEX   what a stored episode's decision saw, as JPEG
     /metrics                         for Prometheus
     /healthz                         200 while the server serves, 503 otherwise; open to all
 
-Nothing can be changed through it.  Pictures are encoded and episodes read in one thread, however many look.
+    POST /sessions/ID/CONTROL        promote, roll_back, pause, resume or stop, with {"note": "why"}; for admins
+
+Nothing else can be changed through it.  Pictures are encoded and episodes read in one thread, however many look.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,23 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client.exposition import choose_encoder
 
-from policy_server.access import TRAINERS, Guard
+from policy_server.access import ADMINS, TRAINERS, Guard
 from policy_server.calls import ARRIVE_S
-from policy_server.errors import BadRequest, CannotStart, Forbidden, Unauthenticated
+from policy_server.errors import (
+    BadRequest,
+    CannotStart,
+    Forbidden,
+    OutOfOrder,
+    Overloaded,
+    Refused,
+    Unauthenticated,
+    UnknownSession,
+)
 from policy_server.logs import about
 from policy_server.metrics import Metrics
+from policy_server.observation import MAX_NAME
 from policy_server.refusals import note
+from policy_server.sessions import CONTROLS, NO_SESSIONS, Control, Sessions
 from policy_server.watch import Watch
 from protos.channel import address_of, is_loopback
 from protos.codec import CodecError
@@ -59,6 +73,12 @@ NOW = {"Cache-Control": "no-store"}
 FOR_GOOD = {"Cache-Control": "private, max-age=86400, immutable"}
 NO_HTTP = (HttpProcessingError, web.RequestPayloadError, UnicodeEncodeError)
 """What aiohttp raises for it; the last one where it would repeat bytes that a header holds."""
+STATUS: dict[type[Refused], type[web.HTTPException]] = {
+    UnknownSession: web.HTTPNotFound,
+    OutOfOrder: web.HTTPConflict,
+    Overloaded: web.HTTPServiceUnavailable,
+}
+"""Of what may be wrong with a person's word."""
 FLUSH_S = 1.0
 """How long the last replies may take to leave."""
 
@@ -68,10 +88,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class HttpDoor:
-    """Trainers and admins come in, where the guard asks."""
+    """Trainers and admins come in, where the guard asks.  sessions None: this server has none."""
 
-    def __init__(self, watch: Watch, metrics: Metrics, *, guard: Guard):
-        self._watch, self._metrics, self._guard = watch, metrics, guard
+    def __init__(self, watch: Watch, sessions: Sessions | None, metrics: Metrics, *, guard: Guard):
+        self._watch, self._sessions, self._metrics, self._guard = watch, sessions, metrics, guard
         self._files = {path: (PAGE / name).read_bytes() for path, (name, _) in FILES.items()}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="http")
 
@@ -87,6 +107,7 @@ class HttpDoor:
                 web.get("/robots/{episode}/frame", self._frame),
                 web.get("/episodes", self._episodes),
                 web.get(r"/episodes/{episode}/frames/{index:\d{1,9}}", self._stored_frame),
+                *(web.post(f"/sessions/{{session}}/{control}", partial(self._say, control)) for control in CONTROLS),
                 web.get("/metrics", self._exposition),
                 web.get("/healthz", self._healthz),
             ]
@@ -110,12 +131,14 @@ class HttpDoor:
             raise web.HTTPMisdirectedRequest(text="this server is only for its own machine: call it localhost\n")
         try:
             with self._metrics.door():
-                self._guard.check(request.headers.get("Authorization"), TRAINERS)
+                roles = ADMINS if request.method == "POST" else TRAINERS
+                self._guard.check(request.headers.get("Authorization"), roles)
         except (Unauthenticated, Forbidden) as refused:
             with about(peer=request.remote):
                 note(refused)
             if isinstance(refused, Unauthenticated):
-                raise web.HTTPUnauthorized(text=f"{refused}\n", headers=CHALLENGE) from None
+                asks = CHALLENGE if request.method == "GET" else None  # else the page asks
+                raise web.HTTPUnauthorized(text=f"{refused}\n", headers=asks) from None
             raise web.HTTPForbidden(text=f"{refused}\n") from None
         return await handler(request)
 
@@ -131,7 +154,24 @@ class HttpDoor:
         return web.json_response(self._watch.state(), headers=NOW)
 
     async def _episodes(self, request: web.Request) -> web.Response:
-        return web.json_response(await self._aside(self._watch.recent), headers=NOW)
+        return web.json_response(await self._aside(self._watch.recent, request.query.get("session", "")), headers=NOW)
+
+    async def _say(self, control: Control, request: web.Request) -> web.Response:
+        # What a foreign page may send in a browser's name, it may not send as JSON.
+        if request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(text="a person's word comes as application/json\n")
+        try:
+            said = (await request.json()).get("note", "")
+        except (ValueError, AttributeError):
+            raise web.HTTPBadRequest(text='must be a JSON object like {"note": "why"}\n') from None
+        try:
+            if self._sessions is None:
+                raise OutOfOrder(NO_SESSIONS)
+            session = request.match_info["session"]
+            await asyncio.to_thread(self._sessions.control, session, control, str(said)[:MAX_NAME])
+        except (UnknownSession, OutOfOrder, Overloaded) as refused:
+            raise STATUS[type(refused)](text=f"{refused}\n") from None
+        return web.Response(status=204, headers=NOW)
 
     async def _frame(self, request: web.Request) -> web.Response:
         return await self._picture(NOW, self._watch.frame, request.match_info["episode"])

@@ -415,9 +415,10 @@ class PolicyServer:
             store=self._store,
             versions=self._versions,
             version_store=self._version_store,
+            sessions=self._sessions,
             metrics=self.metrics,
         )
-        return HttpDoor(watch, self.metrics, guard=self._guard)
+        return HttpDoor(watch, self._sessions, self.metrics, guard=self._guard)
 
     def _together(self, versions: Collection[int]) -> bool:
         held = [version for version in versions if self._versions.holds(version)]  # others come one at a time

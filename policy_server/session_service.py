@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,8 +18,8 @@ from policy_server.errors import BadRequest, OutOfOrder
 from policy_server.gate import GateRule
 from policy_server.observation import MAX_NAME, Observed, check_sampling, read_observation
 from policy_server.refusals import refusing
-from policy_server.session import Charter, Session, What
-from policy_server.sessions import NO_SESSIONS, Sessions
+from policy_server.session import Charter, Session
+from policy_server.sessions import CONTROLS, NO_SESSIONS, Control, Sessions
 from policy_server.version_store import FIRST_VERSION, VersionStore
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, session_pb2, session_pb2_grpc
@@ -30,11 +30,7 @@ REPLAYED = 16
 """Observations that a candidate answers before it goes on trial."""
 REPLAYED_EPISODES = 4
 """Of the session's latest episodes."""
-SET_STATE: Mapping[int, What] = {
-    session_pb2.CONTROL_PAUSE: "pause",
-    session_pb2.CONTROL_RESUME: "resume",
-    session_pb2.CONTROL_STOP: "stop",
-}
+CONTROL: dict[int, Control] = {session_pb2.Control.Value(f"CONTROL_{word.upper()}"): word for word in CONTROLS}
 
 Answer = Callable[[int, Any], Awaitable[DecodeAnswer]]
 """A version's greedy answer to a prepared observation, in a pass with whatever robots ask then.  Raises Refused."""
@@ -114,18 +110,12 @@ class SessionService(session_pb2_grpc.SessionsServicer):
 
     @refusing
     async def ControlSession(self, request: session_pb2.ControlSessionRequest, context: Any) -> session_pb2.Session:
-        sessions, name, note = self._sessions, request.session_id, request.note[:MAX_NAME]
-        if request.control == session_pb2.CONTROL_PROMOTE:
-            await asyncio.to_thread(sessions.promote, name, note)
-        elif request.control == session_pb2.CONTROL_ROLL_BACK:
-            await asyncio.to_thread(sessions.roll_back, name, note)
-        elif request.control in SET_STATE:
-            await asyncio.to_thread(sessions.set_state, name, SET_STATE[request.control], note)
-        else:
-            raise BadRequest(
-                f"must be PROMOTE, ROLL_BACK, PAUSE, RESUME or STOP, got code {request.control}", field="control"
-            )
-        return self._message(name)
+        control = CONTROL.get(request.control)
+        if control is None:
+            raise BadRequest(f"must be one of {[*CONTROLS]}, got code {request.control}", field="control")
+        note = request.note[:MAX_NAME]
+        await asyncio.to_thread(self._sessions.control, request.session_id, control, note)
+        return self._message(request.session_id)
 
     @property
     def _sessions(self) -> Sessions:

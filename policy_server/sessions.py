@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, get_args
 
 from policy_server.episode_store import EpisodeStore
 from policy_server.errors import CannotStart, OutOfOrder, Overloaded, UnknownSession
 from policy_server.gate import Trial
 from policy_server.refusals import disk
-from policy_server.session import Begun, By, Charter, Event, Session, Turns, What, moves, trial_of
+from policy_server.session import Begun, By, Charter, Event, Session, State, Turns, What, moves, trial_of
 from protos import episode_pb2
 from protos.episode_file import DamagedEpisode, Episode, sync
 
@@ -35,6 +36,10 @@ MOST_SESSIONS = 64
 """So many may be going on: each has up to two adapters in memory."""
 CROWDED_RETRY_MS = 10_000
 LOG = "the session log"
+Control = Literal["promote", "roll_back", "pause", "resume", "stop"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+FROM: dict[str, tuple[State, ...]] = {"pause": ("running",), "resume": ("paused",), "stop": ("running", "paused")}
+"""In which states each can be said."""
 NO_SESSIONS = "this server has no sessions: start it with --episodes DIR and --admin-port PORT"
 
 
@@ -157,35 +162,37 @@ class Sessions:
                 return
             self._happen(self._sessions[session_id], "offer" if accepted else "refuse", "trainer", version, reason)
 
-    def promote(self, session_id: str, note: str) -> None:
-        """The candidate, by a person's word.  Raises UnknownSession, OutOfOrder without one, Overloaded."""
-        with self._writing:
-            session = self._find(session_id)
-            if session.candidate is None:
-                raise OutOfOrder(f"nothing is on trial in session {session_id!r}", field="control")
-            self._happen(session, "promote", "person", session.candidate, note)
+    def control(self, session_id: str, control: Control, note: str) -> None:
+        """A person's word, and why.  What is on trial is withdrawn by pause and stop.
 
-    def roll_back(self, session_id: str, note: str) -> None:
-        """Drops the candidate, or goes back to the version before.  Raises as promote()."""
+        Raises UnknownSession, OutOfOrder when there is nothing to do it to, Overloaded.
+        """
         with self._writing:
             session = self._find(session_id)
-            if session.candidate is not None:
-                self._happen(session, "roll back", "person", session.candidate, note)
-            elif session.past:
-                self._happen(session, "revert", "person", session.past[-1], note)
+            if control == "promote":
+                if session.candidate is None:
+                    raise OutOfOrder(f"nothing is on trial in session {session_id!r}", field="control")
+                self._happen(session, "promote", "person", session.candidate, note)
+            elif control == "roll_back":
+                self._go_back(session, note)
             else:
-                raise OutOfOrder(f"session {session_id!r} has nothing to go back to", field="control")
+                self._set_state(session, control, note)
 
-    def set_state(self, session_id: str, what: What, note: str) -> None:
-        """pause, resume or stop; what is on trial is withdrawn.  Raises UnknownSession, OutOfOrder, Overloaded."""
-        with self._writing:
-            session = self._find(session_id)
-            fits = {"pause": ("running",), "resume": ("paused",), "stop": ("running", "paused")}[what]
-            if session.state not in fits:
-                raise OutOfOrder(f"session {session_id!r} is {session.state}", field="control")
-            if session.candidate is not None:
-                self._happen(session, "withdrawn", "person", session.candidate, note)
-            self._happen(session, what, "person", session.live, note)
+    def _go_back(self, session: Session, note: str) -> None:
+        """Drops the candidate, or goes back to the version before."""
+        if session.candidate is not None:
+            self._happen(session, "roll back", "person", session.candidate, note)
+        elif session.past:
+            self._happen(session, "revert", "person", session.past[-1], note)
+        else:
+            raise OutOfOrder(f"session {session.charter.session_id!r} has nothing to go back to", field="control")
+
+    def _set_state(self, session: Session, what: Literal["pause", "resume", "stop"], note: str) -> None:
+        if session.state not in FROM[what]:
+            raise OutOfOrder(f"session {session.charter.session_id!r} is {session.state}", field="control")
+        if session.candidate is not None:
+            self._happen(session, "withdrawn", "person", session.candidate, note)
+        self._happen(session, what, "person", session.live, note)
 
     def _find(self, session_id: str) -> Session:
         if session_id not in self._sessions:

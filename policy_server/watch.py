@@ -17,7 +17,10 @@ from policy_server.batcher import Batcher
 from policy_server.episode_store import EpisodeStore, Stored
 from policy_server.episodes import Episode, Episodes, word
 from policy_server.errors import Unavailable
+from policy_server.gate import Tally
 from policy_server.metrics import Metrics
+from policy_server.session import Session
+from policy_server.sessions import Sessions
 from policy_server.version_store import VersionStore
 from policy_server.versions import Versions
 from protos import episode_pb2
@@ -31,6 +34,10 @@ RECENT = 30
 """So many stored episodes are offered."""
 MAX_TEXT = 200
 """Longer texts of a client's are cut."""
+MAX_REASON = 1000
+"""The same for a verdict's evidence."""
+SHOWN_SESSIONS, SHOWN_EVENTS = 16, 12
+"""The newest, at most; and of each, so many lines of its log."""
 FRAME_PX = 320
 """The longer side of a frame, at most."""
 QUALITY = 80
@@ -53,12 +60,14 @@ class Watch:
         store: EpisodeStore | None,
         versions: Versions,
         version_store: VersionStore | None,
+        sessions: Sessions | None,
         metrics: Metrics,
     ):
         self._model, self._camera, self._check = model, camera, check
         self._batcher, self._metrics = batcher, metrics
         self._episodes, self._store = episodes, store
         self._versions, self._version_store = versions, version_store
+        self._sessions = sessions
         self._samples: deque[list[float | None]] = deque(maxlen=SAMPLES)
         self._server = secrets.token_hex(4)
         self._started_s = time.monotonic()
@@ -107,6 +116,7 @@ class Watch:
                 }
                 for swap in reversed(swaps)
             ],
+            "sessions": self._session_list(),
             "samples": list(self._samples),
             "stores_episodes": self._store is not None,
             "newest_episode": self._store.newest if self._store is not None else 0,
@@ -119,9 +129,12 @@ class Watch:
                 return self._jpeg(episode.latest)
         raise LookupError(episode_id)
 
-    def recent(self) -> list[dict[str, Any]]:
-        """The stored episodes, newest first; one that cannot be read says why in `damaged`."""
-        return [_described(stored) for stored in self._store.latest(RECENT)] if self._store is not None else []
+    def recent(self, session_id: str = "") -> list[dict[str, Any]]:
+        """The stored episodes, newest first; a session's alone where one is named.
+
+        One that cannot be read says why in `damaged`.
+        """
+        return [_described(stored) for stored in self._store.latest(RECENT, session_id)] if self._store else []
 
     def stored_frame(self, episode_id: str, index: int) -> bytes:
         """What a stored episode's decision `index` saw, as JPEG; after the last one, its final observation.
@@ -134,6 +147,17 @@ class Watch:
         if index == len(episode):
             return self._jpeg(episode.end.final_observation)
         return self._jpeg(episode.decision(index).observation)
+
+    def _session_list(self) -> list[dict[str, Any]]:
+        """The newest first, those that are over after the others."""
+        if self._sessions is None:
+            return []
+        shown = list[dict[str, Any]]()
+        for session_id in reversed(self._sessions.ids):
+            with self._sessions.read(session_id) as session:
+                shown.append(_session(session))
+            shown[-1]["open"] = self._sessions.open_episodes(session_id)
+        return sorted(shown, key=lambda one: one["state"] == "stopped")[:SHOWN_SESSIONS]
 
     def _note(self, version: int) -> str:
         found = self._version_store.find(version) if self._version_store is not None else None
@@ -150,6 +174,46 @@ class Watch:
         shrink = min(1.0, FRAME_PX / max(height, width))
         size = max(1, round(height * shrink)), max(1, round(width * shrink))
         return encode_jpeg(resize(pixels_HW3, size, "bicubic"), quality=QUALITY)
+
+
+def _session(session: Session) -> dict[str, Any]:
+    """Whole but for its open episodes.  versions: those that are the base, live or on trial, and what came of them."""
+    standing, roles = session.standing, {session.charter.base: "base", session.live: "live"}
+    if session.candidate is not None:
+        roles[session.candidate] = "on trial"
+    return {
+        "session": session.charter.session_id,
+        "task": session.charter.task[:MAX_TEXT],
+        "state": session.state,
+        "past": len(session.past),
+        "candidate": session.candidate,
+        "episodes": sum(tally.episodes for tally in session.tallies.values()),
+        "versions": [
+            {"version": version, "role": role, **_counted(session.tallies.get(version, Tally()))}
+            for version, role in sorted(roles.items())
+        ],
+        "standing": standing.reason if standing is not None else "",
+        "log": [
+            {
+                "unix_s": event.unix_ns / 1e9,
+                "what": event.what,
+                "version": event.version,
+                "by": event.by,
+                "reason": event.reason[:MAX_REASON],
+            }
+            for event in reversed(session.log[-SHOWN_EVENTS:])
+        ],
+    }
+
+
+def _counted(tally: Tally) -> dict[str, Any]:
+    return {
+        "episodes": tally.episodes,
+        "successes": tally.successes,
+        "interval": tally.outcomes.interval,
+        "interventions": tally.interventions,
+        "trouble": tally.trouble,
+    }
 
 
 def _robot(episode: Episode, live: int) -> dict[str, Any]:

@@ -67,6 +67,7 @@ function show(state) {
   showConnection(state.trouble);
   showFigures(state);
   showRobots(state.robots);
+  showSessions(state.sessions);
   showPlots(state.samples);
   showSwaps(state.swaps);
   showEpisodes(state);
@@ -172,6 +173,147 @@ function showFrame(image, url) {
   if (image.getAttribute("src") !== url) image.src = url;
 }
 
+// Sessions: a panel each.
+
+const panels = new Map(); // session -> its panel
+const MEANINGS = {
+  promote: "The version on trial becomes live at once, whatever the gate would say.",
+  roll_back: "The version on trial is dropped; without one, the version that was live before is so again.",
+  pause: "Robots go on with the live version; what is on trial is dropped, and nothing new is tried.",
+  resume: "Versions are tried again.",
+  stop: "The session is over for good, and its robots get no more episodes.",
+};
+const title = (control) => (control[0].toUpperCase() + control.slice(1)).replace("_", " ");
+const percent = (share) => `${Math.round(100 * share)} %`;
+
+function showSessions(sessions) {
+  byId("sessions").hidden = sessions.length === 0;
+  for (const [name, panel] of panels) {
+    if (sessions.some((one) => one.session === name)) continue;
+    panel.node.remove();
+    panels.delete(name);
+  }
+  for (const session of sessions) {
+    if (!panels.has(session.session)) panels.set(session.session, newPanel(session.session));
+    fillPanel(panels.get(session.session), session);
+  }
+}
+
+function newPanel(name) {
+  const panel = { node: element("article", "session"), parts: {}, buttons: {} };
+  const part = (className, tag) => (panel.parts[className] = element(tag, className));
+  const heading = element("h3");
+  heading.append(element("span", "", name), part("state", "span"));
+  const table = element("table");
+  const head = element("tr");
+  head.append(...["Version", "Success", "95 % interval", "With help", "Held, clipped"].map((text) => element("th", "", text)));
+  table.append(element("thead"), part("versions", "tbody"));
+  table.tHead.append(head);
+  const buttons = element("div", "buttons");
+  for (const control of Object.keys(MEANINGS)) {
+    const button = element("button", "", title(control));
+    button.type = "button";
+    button.onclick = () => ask(name, control);
+    panel.buttons[control] = button;
+    buttons.append(button);
+  }
+  const episodes = element("button", "", "Its episodes");
+  episodes.type = "button";
+  episodes.onclick = () => showOnly(name);
+  buttons.append(episodes);
+  panel.node.append(heading, part("task", "p"), table, part("standing", "p"), buttons, part("log", "ol"));
+  byId("sessions").append(panel.node);
+  return panel;
+}
+
+function fillPanel({ parts, buttons }, session) {
+  const over = session.state === "stopped";
+  say(parts.state, session.state);
+  parts.state.classList.toggle("running", session.state === "running");
+  say(parts.task, [session.task, `${session.episodes} episodes, ${session.open} open`].filter(Boolean).join(" · "));
+  say(parts.standing, session.standing);
+  buttons.promote.disabled = session.candidate === null;
+  buttons.roll_back.disabled = session.candidate === null && session.past === 0;
+  buttons.pause.hidden = session.state !== "running";
+  buttons.resume.hidden = session.state !== "paused";
+  buttons.stop.disabled = over;
+  fillOnce(parts.versions, session.versions, versionRow);
+  fillOnce(parts.log, session.log, eventLine);
+}
+
+// Rebuilds a list when what it shows has changed, and then alone.
+function fillOnce(list, items, line) {
+  const shown = JSON.stringify(items);
+  if (list.shown === shown) return;
+  list.shown = shown;
+  list.replaceChildren(...items.map(line));
+}
+
+function versionRow({ version, role, successes, episodes, interval, interventions, trouble }) {
+  const row = element("tr");
+  const [low, high] = interval;
+  const bar = element("td");
+  bar.append(intervalBar(successes / Math.max(1, episodes), low, high), element("span", "", `${percent(low)} to ${percent(high)}`));
+  row.append(
+    element("td", "", `${version}, ${role}`),
+    element("td", "", `${successes} of ${episodes}`),
+    bar,
+    element("td", "", interventions),
+    element("td", "", percent(trouble)),
+  );
+  return row;
+}
+
+function intervalBar(rate, low, high) {
+  const bar = byId("interval").content.firstElementChild.cloneNode(true);
+  const [, interval, mark] = bar.children;
+  interval.setAttribute("d", `M${100 * low} 5H${100 * high}`);
+  mark.setAttribute("d", `M${100 * rate} 1V9`);
+  return bar;
+}
+
+function eventLine({ unix_s, what, version, by, reason }) {
+  const item = element("li");
+  item.append(
+    element("span", "quiet", clock(unix_s)),
+    element("span", "", `${what}, version ${version}, by ${by}`),
+    element("span", "note quiet", reason),
+  );
+  return item;
+}
+
+// A person's word about a session, which takes an admin's token where the server asks for tokens.
+
+const word = { session: "", control: "" };
+
+function ask(session, control) {
+  Object.assign(word, { session, control });
+  say(byId("word-title"), `${title(control)}: session ${session}`);
+  say(byId("word-meaning"), MEANINGS[control]);
+  say(byId("word-say"), title(control));
+  say(byId("word-refusal"), "");
+  byId("word-note").value = "";
+  byId("word").showModal();
+}
+
+async function sayWord() {
+  const token = byId("word-token").value;
+  const headers = { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) };
+  const body = JSON.stringify({ note: byId("word-note").value });
+  const path = `sessions/${encodeURIComponent(word.session)}/${word.control}`;
+  try {
+    const reply = await fetch(path, { method: "POST", headers, body, signal: AbortSignal.timeout(GIVE_UP_MS) });
+    if (reply.ok) byId("word").close();
+    else say(byId("word-refusal"), (await reply.text()).trim());
+    if (reply.status === 401 || reply.status === 403) byId("word-token-label").hidden = false;
+  } catch (error) {
+    say(byId("word-refusal"), `The server did not answer: ${error.message}`);
+  }
+}
+
+byId("word-say").onclick = sayWord;
+byId("word-cancel").onclick = () => byId("word").close();
+
 // Plots.
 
 function showPlots(samples) {
@@ -219,23 +361,34 @@ function showSwaps(swaps) {
 // Stored episodes.  New ones are announced and not pushed in, so that nothing moves under the pointer.
 
 let answering = ""; // the server whose episodes are in the list
-let listed = 0; // the newest of them
+let newest = 0; // of its episodes
+let listed = 0; // the newest one when the list was made
+let only = ""; // the session whose episodes are in the list; empty: all
 
 function showEpisodes({ server, stores_episodes, newest_episode }) {
   if (server !== answering) listed = 0;
-  answering = server;
+  [answering, newest] = [server, newest_episode];
   if (!stores_episodes) say(byId("no-episodes"), "This server keeps no episodes. With --episodes DIR it offers them here to play back.");
   else if (newest_episode === 0) say(byId("no-episodes"), "No episode has ended yet.");
   else if (listed === 0) loadEpisodes();
   showTable();
   byId("newer").hidden = listed === 0 || newest_episode === listed;
-  say(byId("newer"), `Show ${newest_episode - listed} newer`);
+  say(byId("newer"), only ? "Look again" : `Show ${newest_episode - listed} newer`);
+}
+
+function showOnly(session) {
+  only = session;
+  byId("all").hidden = !only;
+  say(byId("episodes-title"), only ? `Episodes of session ${only}` : "Episodes");
+  byId("episodes").scrollIntoView();
+  loadEpisodes();
 }
 
 async function loadEpisodes() {
-  const episodes = await get("episodes").catch(() => []);
-  if (episodes.length === 0) return;
-  listed = episodes[0].sequence;
+  const asked = newest;
+  const episodes = await get(only ? `episodes?session=${encodeURIComponent(only)}` : "episodes").catch(() => []);
+  if (episodes.length === 0 && !only) return;
+  listed = only ? asked : episodes[0].sequence;
   byId("newer").hidden = true;
   byId("episode-rows").replaceChildren(...episodes.map(episodeRow));
   showTable();
@@ -333,6 +486,7 @@ function pause() {
 }
 
 byId("newer").onclick = loadEpisodes;
+byId("all").onclick = () => showOnly("");
 byId("play").onclick = () => (player.timer === null ? play() : pause());
 byId("scrubber").oninput = () => {
   pause();

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,10 @@ from robot_client.drivers import run
 from robot_client.rollout import Rollout
 from sim import assets
 from tests.server import messages, publishing
+from tests.server.conftest import WIDTHS
 from tests.server.fake_model import FakeModel
 from tests.server.running import RunningServer, eventually, serving
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = {1280: 860, 400: 860}
-"""Of a window, and how high it is."""
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script>"
 
@@ -61,46 +58,6 @@ CONTRAST = """() => {
   return ratios;
 }"""
 """Text that is shown -> its contrast with what it stands on, by WCAG's formula."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def look(browser) -> Iterator[Callable[..., Any]]:
-    """look(server, width=..., scheme=...): the page of a server, once it has heard from it.
-
-    At the end: nothing was asked of anybody else, and no script failed or was stopped by the policy.
-    """
-    pages: list[Any] = []
-    strangers: list[str] = []
-    troubles: list[str] = []
-
-    def opened(server: RunningServer, *, width: int = 1280, scheme: str = "light") -> Any:
-        origin = f"http://127.0.0.1:{server.server.http_port}"
-        page = browser.new_page(viewport={"width": width, "height": WIDTHS[width]}, color_scheme=scheme)
-        page.set_default_timeout(60_000)
-        page.on("request", lambda asked: asked.url.startswith(origin) or strangers.append(asked.url))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("console", lambda said: "Content Security" not in said.text or troubles.append(said.text))
-        page.goto(origin)
-        page.wait_for_selector("#connection.serving")
-        pages.append(page)
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert strangers == [] and troubles == []
 
 
 @pytest.fixture

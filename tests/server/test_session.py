@@ -175,7 +175,7 @@ def test_an_episode_that_began_before_the_offer_is_not_of_the_trial(lab):
 def test_a_verdict_stands_and_what_was_open_then_counts_for_no_other_trial(lab):
     offer(lab)
     left = lab.begin(CANDIDATE)
-    lab.sessions.roll_back("s", "it looks wrong")
+    lab.sessions.control("s", "roll_back", "it looks wrong")
     offer(lab, 2)
     lab.end(left, SUCCESS)
     assert not lab.message().live.episodes and not lab.message().candidate.episodes
@@ -235,35 +235,35 @@ def test_a_log_that_is_damaged_elsewhere_stops_the_server_and_is_named(lab):
 
 def test_people_promote_roll_back_and_go_back(lab):
     offer(lab)
-    lab.sessions.promote("s", "I saw it work")
+    lab.sessions.control("s", "promote", "I saw it work")
     assert lab.message().live_version == 1
-    lab.sessions.roll_back("s", "")
+    lab.sessions.control("s", "roll_back", "")
     assert lab.message().live_version == 0
     with pytest.raises(OutOfOrder, match="nothing to go back to"):
-        lab.sessions.roll_back("s", "")
+        lab.sessions.control("s", "roll_back", "")
     with pytest.raises(OutOfOrder, match="nothing is on trial"):
-        lab.sessions.promote("s", "")
+        lab.sessions.control("s", "promote", "")
     assert lab.whats() == ["offer", "promote", "revert"]
 
 
 def test_a_paused_session_goes_on_with_its_live_version_and_tries_nothing(lab):
     offer(lab)
-    lab.sessions.set_state("s", "pause", "")
+    lab.sessions.control("s", "pause", "")
     assert lab.begin(CANDIDATE)[0].version == 0
     with pytest.raises(OutOfOrder, match="paused"):
         lab.sessions.check_offer("s", 2)
-    lab.sessions.set_state("s", "resume", "")
+    lab.sessions.control("s", "resume", "")
     offer(lab, 2)
     assert lab.whats() == ["offer", "withdrawn", "pause", "resume", "offer"]
 
 
 def test_a_stopped_session_takes_no_more_episodes_and_stays_stopped(lab):
-    lab.sessions.set_state("s", "stop", "")
+    lab.sessions.control("s", "stop", "")
     lab.restart()
     with pytest.raises(OutOfOrder, match="over"):
         lab.sessions.choose("s")
     with pytest.raises(OutOfOrder, match="stopped"):
-        lab.sessions.set_state("s", "resume", "")
+        lab.sessions.control("s", "resume", "")
 
 
 def test_one_candidate_is_on_trial_at_a_time_and_none_that_was_live(lab):
@@ -271,7 +271,7 @@ def test_one_candidate_is_on_trial_at_a_time_and_none_that_was_live(lab):
     assert lab.sessions.check_offer("s", 1) is None
     with pytest.raises(OutOfOrder, match="version 1 is on trial"):
         lab.sessions.check_offer("s", 2)
-    lab.sessions.roll_back("s", "")
+    lab.sessions.control("s", "roll_back", "")
     with pytest.raises(OutOfOrder, match="live"):
         lab.sessions.check_offer("s", 0)
 
@@ -291,7 +291,7 @@ def test_sessions_do_not_touch_each_other(lab):
     offer(lab)
     assert lab.begin(CANDIDATE, session="t")[0].version == 0
     assert lab.sessions.served() == {0, 1}
-    lab.sessions.roll_back("s", "")
+    lab.sessions.control("s", "roll_back", "")
     assert lab.sessions.served() == {0}
 
 

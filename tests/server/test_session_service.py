@@ -41,10 +41,10 @@ def server(tmp_path: Path) -> Iterator[RunningServer]:
         yield server
 
 
-def running(folder: Path) -> Any:
+def running(folder: Path, **options: Any) -> Any:
     model = Lab()
     versions = VersionStore(folder / "versions", first=model.fingerprint(model.first), keep=1)
-    return serving(model, versions=versions, admin_port=0, episodes=folder / "episodes")
+    return serving(model, versions=versions, admin_port=0, episodes=folder / "episodes", **options)
 
 
 @pytest.fixture
