@@ -27,7 +27,16 @@ from rl_trainer.advantage import gae, group_relative, leave_one_out, normalised
 from rl_trainer.batching import Batch, Prompter, minibatches
 from rl_trainer.critic import CriticKind, critic_of
 from rl_trainer.lessons import Lesson
-from rl_trainer.loss import Counts, Loss, LossConfig, ppo_loss, token_entropy, token_logprobs, value_loss
+from rl_trainer.loss import (
+    Counts,
+    Loss,
+    LossConfig,
+    ppo_loss,
+    token_divergence,
+    token_entropy,
+    token_logprobs,
+    value_loss,
+)
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.ranks import Ranks
 from rl_trainer.trajectories import Trajectory
@@ -127,6 +136,8 @@ class Opinion:
     entropy_BN: torch.Tensor
     hidden_BD: torch.Tensor
     """float32: where a critic that shares the backbone reads"""
+    divergence_BN: torch.Tensor | None = None
+    """from the reference policy, where one was given"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +150,8 @@ class Looked:
     after_E: np.ndarray
     """value of what each trajectory was cut before; 0 where its task ended"""
     policy: Opinion
-    reference_nN: torch.Tensor | None
-    """log-probabilities under the reference policy"""
+    reference_nNV: torch.Tensor | None
+    """logits of the reference policy"""
 
 
 class Learner:
@@ -255,20 +266,22 @@ class Learner:
         ids = torch.cat((batch.token_ids_nN, batch.token_ids_nN[:1].expand(len(ends), width)))
         mask, temperature = torch.zeros(ids.shape, dtype=torch.bool), torch.ones(len(ids))
         mask[:n], temperature[:n] = batch.mask_nN, batch.temperature_n
-        logprobs, entropy, reference = (torch.zeros(ids.shape) for _ in range(3))
+        logprobs, entropy = torch.zeros(ids.shape), torch.zeros(ids.shape)
+        reference = self.reference
+        apart = torch.zeros(*ids.shape, self.model.config.n_action_bins if reference is not None else 0)
         values, hidden = torch.zeros(len(ids)), torch.zeros(len(ids), self.model.config.llm.hidden_size)
         mine = np.arange(len(ids))[self.ranks.part(len(ids))]
         self.model.eval()
         with torch.no_grad():
             for rows in prompts.parts(mine, LOOK_BATCH):
                 seen, asked = prompts(rows), (ids[rows], temperature[rows], mask[rows])
-                policy = self._opinion(self.model, seen, *asked)
+                policy = self._opinion(seen, *asked)
                 logprobs[rows], entropy[rows] = policy.logprobs_BN.cpu(), policy.entropy_BN.cpu()
                 hidden[rows], values[rows] = policy.hidden_BD.cpu(), self._values(seen, policy.hidden_BD).cpu()
-                if self.reference is not None:  # it has a tower of its own
-                    seen = replace(seen, image_tokens_BCD=None)
-                    reference[rows] = self._opinion(self.reference, seen, *asked).logprobs_BN.cpu()
-        for tensor in (values, logprobs, entropy, hidden, reference):
+                if reference is not None:
+                    seen = replace(seen, image_tokens_BCD=None)  # it has a tower of its own
+                    apart[rows] = reference(seen, ids[rows].to(self.model.device)).logits_BNV.float().cpu()
+        for tensor in (values, logprobs, entropy, hidden, apart):
             self.ranks.sum(tensor)
         after_E = np.zeros(len(trajectories))
         after_E[[trajectory.after is not None for trajectory in trajectories]] = values[n:].numpy()
@@ -277,7 +290,7 @@ class Learner:
             values_n=values[:n].double().numpy(),
             after_E=after_E,
             policy=Opinion(logprobs_BN=logprobs[:n], entropy_BN=entropy[:n], hidden_BD=hidden[:n]),
-            reference_nN=None if self.reference is None else reference[:n],
+            reference_nNV=None if reference is None else apart[:n],
         )
 
     def _advantages(
@@ -401,7 +414,8 @@ class Learner:
             return self._value_loss(self._values_apart(looked, part), looked, part, target_B, counts)
         config, device = self.config, self.model.device
         asked = (batch.token_ids_nN[part], batch.temperature_n[part], batch.mask_nN[part])
-        policy = self._opinion(self.model, looked.prompts(part), *asked)
+        reference_BNV = None if looked.reference_nNV is None else looked.reference_nNV[part]
+        policy = self._opinion(looked.prompts(part), *asked, reference_BNV)
         loss = ppo_loss(
             policy.logprobs_BN,
             batch.behaviour_nN[part].to(device),
@@ -411,7 +425,7 @@ class Learner:
             counts=counts,
             action_dim=self.model.config.action_dim,
             entropy_BN=policy.entropy_BN,
-            reference_BN=None if looked.reference_nN is None else looked.reference_nN[part].to(device),
+            divergence_BN=policy.divergence_BN,
         )
         if "critic" not in who:
             return loss
@@ -433,18 +447,28 @@ class Learner:
         return self.critic.read(prompts)
 
     def _opinion(
-        self, model: VLA, prompts: Prompts, ids_BN: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
+        self,
+        prompts: Prompts,
+        ids_BN: torch.Tensor,
+        temperature_B: torch.Tensor,
+        mask_BN: torch.Tensor,
+        reference_BNV: torch.Tensor | None = None,
     ) -> Opinion:
         """Log-probabilities as the server reports them; the entropy has a gradient only where one is asked for."""
+        model = self.model
         ids_BN, temperature_B, mask_BN = (t.to(model.device) for t in (ids_BN, temperature_B, mask_BN))
         scores = model(prompts, ids_BN)
         logits_BNV = scores.logits_BNV
         logprobs_BN = token_logprobs(logits_BNV, ids_BN - model.config.action_begin, temperature_B, mask_BN)
+        divergence_BN = None
+        if reference_BNV is not None:
+            divergence_BN = token_divergence(logits_BNV, reference_BNV.to(model.device), temperature_B, mask_BN)
         measured_BNV = logits_BNV if self.config.loss.entropy_weight else logits_BNV.detach()
         return Opinion(
             logprobs_BN=logprobs_BN,
             entropy_BN=token_entropy(measured_BNV, temperature_B, mask_BN),
             hidden_BD=scores.hidden_BD.float(),
+            divergence_BN=divergence_BN,
         )
 
     def _values(self, prompts: Prompts, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,14 @@ def token_entropy(logits_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN
     return -(logprobs_BNV.exp() * logprobs_BNV).sum(-1)
 
 
+def token_divergence(
+    logits_BNV: torch.Tensor, reference_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
+) -> torch.Tensor:
+    """float32 (B, N) in nats: KL(now | reference) of the distributions that token_logprobs() reads."""
+    now_BNV, reference_BNV = (_log_softmax(logits, temperature_B, mask_BN) for logits in (logits_BNV, reference_BNV))
+    return (now_BNV.exp() * (now_BNV - reference_BNV)).sum(-1)
+
+
 def _log_softmax(logits_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
     # Masked before the softmax: its gradient multiplies by what it gave, and 0 * nan is nan.
     logits_BNV = torch.where(mask_BN[..., None], logits_BNV.float(), 0.0)
@@ -103,10 +111,11 @@ def ppo_loss(
     counts: Counts,
     action_dim: int,
     entropy_BN: torch.Tensor | None = None,
-    reference_BN: torch.Tensor | None = None,
+    divergence_BN: torch.Tensor | None = None,
 ) -> Loss:
     """The clipped surrogate (Schulman et al., 2017), with its entropy and reference terms where those are given.
 
+    divergence_BN: token_divergence() from the reference policy.
     behaviour_BN: log-probabilities recorded when the tokens were sampled.  Every unit of a decision has its advantage.
     """
     width, units = (action_dim, counts.ticks) if config.ratio == "action" else (1, counts.tokens)
@@ -128,10 +137,8 @@ def ppo_loss(
     if entropy_BN is not None:
         metrics["entropy"] = _mean(entropy_BN, mask_BN, counts.tokens)
         total = total - config.entropy_weight * metrics["entropy"]
-    if reference_BN is not None:
-        # KL(now | reference) by k3, with r = reference / now
-        log_ratio_BN = torch.where(mask_BN, reference_BN - logprobs_BN, 0.0).clamp(max=MAX_LOG_RATIO)
-        metrics["reference_kl"] = _mean(log_ratio_BN.exp() - 1 - log_ratio_BN, mask_BN, counts.tokens)
+    if divergence_BN is not None:
+        metrics["reference_kl"] = _mean(divergence_BN, mask_BN, counts.tokens)
         total = total + config.reference_weight * metrics["reference_kl"]
     return Loss(total=total, metrics={name: metric.detach() for name, metric in metrics.items()})
 

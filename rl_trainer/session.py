@@ -3,12 +3,14 @@
     while the budget lasts:
         robots play episodes, with the session's live version or, by chance, with the candidate     (the server)
         finished episodes come in; their successes and their helpers' corrections become lessons
-        nothing is on trial and enough is new: PPO and lessons make new weights                       (learner.py)
-        they are published with proof, and offered; the gate promotes them or not                     (the server)
+        enough is new: PPO and lessons make new weights                                               (learner.py)
+        nothing is on trial: they are published with proof, and offered                               (publisher.py)
+        the gate promotes them or not                                                                 (the server)
 
-A candidate that is rolled back takes the learner back to the live version; one that is undecided is learned on from.
-The state is saved before each offer and after each verdict; what came in since then is read again by a trainer that was
-killed.  The server keeps the session's episodes for that until the trainer is done.
+A trial takes many episodes, and the learner goes on meanwhile: what it offers next is ahead of what was tried.  After
+a roll back it begins again at the live version.  The state is saved after each update, before each offer and after each
+verdict; what came in since then is read again by a trainer that was killed.  The server keeps the session's episodes
+for that until the trainer is done.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ EVENT = ("unix_ns", "what", "version", "by", "reason")
 POLL_S = 0.5
 VERDICTS = ("promote", "roll back", "undecided", "withdrawn", "refuse")
 KEPT = ("promote", "undecided", "withdrawn")
-"""Verdicts after which the learner goes on from the candidate's weights."""
+"""Verdicts after which the learner goes on from where it is."""
+UNNAMED = -1
+"""The version of weights that were not published."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +60,7 @@ class SessionState:
     """All that is not in the learner's tensors."""
 
     version: int
-    """what the learner's weights are, as the server numbers them"""
+    """what the learner's weights are, as the server numbers them; or UNNAMED"""
     live: int
     """the session's live version, when it was last looked at"""
     first: int
@@ -150,12 +154,14 @@ class SessionRun:
         if session.state == session_pb2.SESSION_STATE_RUNNING:
             self._ask_for_practice()
             self._take_in()
-            if self.state.candidate is None and self._new >= self.config.update_every:
+            if self._new >= self.config.update_every:
                 self.improve()
+            if self.state.candidate is None and self.state.version == UNNAMED:
+                self._put_forward()
         return True
 
     def improve(self) -> None:
-        """An update from what came in; what it makes is offered."""
+        """An update from what came in."""
         state, numbers = self.state, list(self.state.pool)
         trajectories = [trajectory for number in numbers for trajectory in self._trajectories[number]]
         steps = self.learner.steps
@@ -167,11 +173,8 @@ class SessionRun:
         state.counts["updates"] += 1
         self.curve.add(state.counts["updates"], **metrics, **self._spent())
         if self.learner.steps > steps:  # while the critic warms up, and nothing can be imitated, the policy is the same
-            note = f"session {self.name} {state.counts['updates']}"
-            state.version = state.candidate = self.publisher.publish(state.live, note=note, live=False)
-            self._keep_weights(state.version)
+            state.version = UNNAMED
         self._save()
-        self._offer()
 
     def close(self) -> None:
         self.client.close()
@@ -226,6 +229,15 @@ class SessionRun:
             self._become(session.live_version)
             state.live = session.live_version
             self._save()
+
+    def _put_forward(self) -> None:
+        """The learner's weights are published, and offered."""
+        state = self.state
+        note = f"session {self.name} {state.counts['updates']}"
+        state.version = state.candidate = self.publisher.publish(state.live, note=note, live=False)
+        self._keep_weights(state.version)
+        self._save()
+        self._offer()
 
     def _offer(self) -> None:
         """The candidate, if there is one; what came of it is in the session's log."""

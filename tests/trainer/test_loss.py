@@ -13,7 +13,17 @@ from policy_server.vla.model import collate
 from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Preprocessor
 from protos import episode_pb2
-from rl_trainer.loss import Counts, Loss, LossConfig, clone_loss, ppo_loss, token_entropy, token_logprobs, value_loss
+from rl_trainer.loss import (
+    Counts,
+    Loss,
+    LossConfig,
+    clone_loss,
+    ppo_loss,
+    token_divergence,
+    token_entropy,
+    token_logprobs,
+    value_loss,
+)
 from rl_trainer.trajectories import Trajectory, TrajectoryReader
 from tests.trainer import fake_episodes as fake
 
@@ -26,7 +36,7 @@ def loss(log_ratio: list, advantage: list, mask: torch.Tensor | None = None, **o
     """Of decisions whose tokens had log-probability -1 and now have -1 + log_ratio."""
     difference_BN = torch.tensor(log_ratio, dtype=torch.float64)
     mask = torch.ones_like(difference_BN, dtype=torch.bool) if mask is None else mask
-    extra = {name: options.pop(name) for name in ("entropy_BN", "reference_BN") if name in options}
+    extra = {name: options.pop(name) for name in ("entropy_BN", "divergence_BN") if name in options}
     return ppo_loss(
         difference_BN - 1,
         torch.full_like(difference_BN, -1),
@@ -94,14 +104,21 @@ def test_the_divergence_is_estimated_from_the_ratio() -> None:
 
 
 def test_entropy_is_a_bonus_and_the_distance_to_the_reference_a_penalty() -> None:
-    """Now -1, reference -1 + log 2 everywhere: 2 - 1 - log 2 a token."""
-    terms = {"entropy_BN": torch.full((1, 4), 0.5), "reference_BN": torch.full((1, 4), -1 + math.log(2))}
+    terms = {"entropy_BN": torch.full((1, 4), 0.5), "divergence_BN": torch.tensor([[0.0, 0.1, 0.2, 0.5]])}
     plain = float(loss([[0.0] * 4], [1.0], **terms).total)
     both = loss([[0.0] * 4], [1.0], entropy_weight=0.1, reference_weight=0.3, **terms)
     assert plain == pytest.approx(-1.0), "off by default"
-    assert float(both.total) == pytest.approx(-1.0 - 0.1 * 0.5 + 0.3 * (1 - math.log(2)))
+    assert float(both.total) == pytest.approx(-1.0 - 0.1 * 0.5 + 0.3 * 0.2)
     assert float(both.metrics["entropy"]) == pytest.approx(0.5)
-    assert float(both.metrics["reference_kl"]) == pytest.approx(1 - math.log(2))
+    assert float(both.metrics["reference_kl"]) == pytest.approx(0.2)
+
+
+def test_the_divergence_from_the_reference_is_that_of_the_tempered_distributions() -> None:
+    """Logits 0 and 2 log 3 at temperature 2: 1/4 and 3/4, against the reference's 1/2 and 1/2."""
+    logits, reference = torch.tensor([[[0.0, 2 * math.log(3)]]]), torch.tensor([[[7.0, 7.0]]])
+    got = token_divergence(logits, reference, torch.tensor([2.0]), torch.tensor([[True]]))
+    assert float(got) == pytest.approx(0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5))
+    assert float(token_divergence(reference, reference, torch.tensor([2.0]), torch.tensor([[True]]))) == 0
 
 
 @pytest.mark.parametrize("ratio", ["action", "token"])
@@ -109,7 +126,7 @@ def test_masked_tokens_cost_exactly_nothing(ratio: str) -> None:
     """Not even where model or record hold no number; a row that is masked altogether is as good as none."""
     logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 2 + [False] * 2, [True] * 4, [False] * 4])
-    behaviour, reference = torch.full((3, 4), -1.5), torch.full((3, 4), -1.4)
+    behaviour, reference = torch.full((3, 4), -1.5), torch.zeros(3, 4, 5)
     logits[~mask], behaviour[~mask], reference[~mask] = math.nan, math.nan, math.nan
     advantage = torch.tensor([1.0, -2.0, math.nan])
     config = LossConfig(ratio=ratio, entropy_weight=0.1, reference_weight=0.1)  # type: ignore[arg-type]
@@ -128,7 +145,7 @@ def test_masked_tokens_cost_exactly_nothing(ratio: str) -> None:
             counts=counts,
             action_dim=WIDTH,
             entropy_BN=token_entropy(leaf, temperature, mask[rows]),
-            reference_BN=reference[rows],
+            divergence_BN=token_divergence(leaf, reference[rows], temperature, mask[rows]),
         )
         return result, torch.autograd.grad(result.total, leaf)[0]
 
@@ -152,7 +169,7 @@ def test_the_loss_itself_gives_masked_tokens_no_gradient() -> None:
         config=LossConfig(reference_weight=0.1),
         counts=Counts(decisions=1, ticks=1, tokens=1),
         action_dim=WIDTH,
-        reference_BN=unknown,
+        divergence_BN=unknown,
     )
     [gradient] = torch.autograd.grad(result.total, logprobs)
     assert gradient.tolist() == [[-1.0, 0.0, 0.0, 0.0]]
