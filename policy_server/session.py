@@ -99,8 +99,8 @@ class Session:
         self.state: State = "running"
         self.log: list[Event] = []
         """without the episodes"""
-        self.counted: set[str] = set()
-        """ids of the episodes"""
+        self.episodes: dict[str, Event] = {}
+        """those that were counted, by their ids, in the order in which they began"""
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
         """by version, of all its episodes"""
         self.trial = _no_trial()
@@ -151,7 +151,7 @@ class Session:
 
     def _count(self, event: Event) -> None:
         assert event.trial is not None
-        self.counted.add(event.episode_id)
+        self.episodes[event.episode_id] = event
         self.tallies[event.version] = self.tallies[event.version].plus(event.trial)
         if event.on_trial:
             whose = "candidate" if event.version == self.candidate else "live"

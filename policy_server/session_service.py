@@ -18,7 +18,7 @@ from policy_server.errors import BadRequest, OutOfOrder
 from policy_server.gate import GateRule
 from policy_server.observation import MAX_NAME, Observed, check_sampling, read_observation
 from policy_server.refusals import refusing
-from policy_server.session import Charter, Session
+from policy_server.session import Charter, Event, Session
 from policy_server.sessions import CONTROLS, NO_SESSIONS, Control, Sessions
 from policy_server.version_store import FIRST_VERSION, VersionStore
 from policy_server.versions import Versions
@@ -85,7 +85,7 @@ class SessionService(session_pb2_grpc.SessionsServicer):
 
     @refusing
     async def GetSession(self, request: session_pb2.GetSessionRequest, context: Any) -> session_pb2.Session:
-        return self._message(request.session_id, with_log=True)
+        return self._message(request.session_id, with_log=True, with_episodes=request.with_episodes)
 
     @refusing
     async def OfferCandidate(
@@ -170,14 +170,16 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             accepted=accepted, reason=reason, session=self._message(request.session_id)
         )
 
-    def _message(self, session_id: str, *, with_log: bool = False) -> session_pb2.Session:
+    def _message(
+        self, session_id: str, *, with_log: bool = False, with_episodes: bool = False
+    ) -> session_pb2.Session:
         with self._sessions.read(session_id) as session:
-            message = described(session, with_log=with_log)
+            message = described(session, with_log=with_log, with_episodes=with_episodes)
         message.open_episodes = self._sessions.open_episodes(session_id)
         return message
 
 
-def described(session: Session, *, with_log: bool) -> session_pb2.Session:
+def described(session: Session, *, with_log: bool = False, with_episodes: bool = False) -> session_pb2.Session:
     """A session as it travels, but for its open episodes."""
     charter, standing = session.charter, session.standing
     return session_pb2.Session(
@@ -206,6 +208,22 @@ def described(session: Session, *, with_log: bool) -> session_pb2.Session:
             for event in session.log
             if with_log
         ],
+        episodes=[_episode(event) for event in session.episodes.values() if with_episodes],
+    )
+
+
+def _episode(event: Event) -> session_pb2.SessionEpisode:
+    trial = event.trial
+    assert trial is not None
+    return session_pb2.SessionEpisode(
+        episode_id=event.episode_id,
+        version=event.version,
+        success=trial.success,
+        intervened=trial.intervened,
+        ticks=trial.ticks,
+        holds=trial.holds,
+        clips=trial.clips,
+        unix_ns=event.unix_ns,
     )
 
 

@@ -284,7 +284,7 @@ class Sessions:
 
     def _uncounted(self, session: Session) -> Iterator[Episode]:
         for stored in self._store.after(0):
-            if stored.session_id == session.charter.session_id and stored.episode_id not in session.counted:
+            if stored.session_id == session.charter.session_id and stored.episode_id not in session.episodes:
                 with contextlib.suppress(DamagedEpisode):  # the store says so
                     if not stored.error and (records := self._store.records(stored)):
                         yield Episode.of(records, stored.path.name)

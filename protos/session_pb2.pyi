@@ -92,6 +92,26 @@ class VersionTally(_message.Message):
     tally: Tally
     def __init__(self, version: _Optional[int] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ...) -> None: ...
 
+class SessionEpisode(_message.Message):
+    __slots__ = ("episode_id", "version", "success", "intervened", "ticks", "holds", "clips", "unix_ns")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    INTERVENED_FIELD_NUMBER: _ClassVar[int]
+    TICKS_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    CLIPS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    episode_id: str
+    version: int
+    success: bool
+    intervened: bool
+    ticks: int
+    holds: int
+    clips: int
+    unix_ns: int
+    def __init__(self, episode_id: _Optional[str] = ..., version: _Optional[int] = ..., success: bool = ..., intervened: bool = ..., ticks: _Optional[int] = ..., holds: _Optional[int] = ..., clips: _Optional[int] = ..., unix_ns: _Optional[int] = ...) -> None: ...
+
 class SessionEvent(_message.Message):
     __slots__ = ("unix_ns", "what", "version", "by", "reason")
     UNIX_NS_FIELD_NUMBER: _ClassVar[int]
@@ -107,7 +127,7 @@ class SessionEvent(_message.Message):
     def __init__(self, unix_ns: _Optional[int] = ..., what: _Optional[str] = ..., version: _Optional[int] = ..., by: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "task", "base_version", "temperature", "noise_correlation", "rule", "state", "live_version", "candidate_version", "past_versions", "live", "candidate", "standing", "versions", "open_episodes", "started_unix_ns", "log")
+    __slots__ = ("session_id", "task", "base_version", "temperature", "noise_correlation", "rule", "state", "live_version", "candidate_version", "past_versions", "live", "candidate", "standing", "versions", "open_episodes", "started_unix_ns", "log", "episodes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +145,7 @@ class Session(_message.Message):
     OPEN_EPISODES_FIELD_NUMBER: _ClassVar[int]
     STARTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     LOG_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     task: str
     base_version: int
@@ -142,7 +163,8 @@ class Session(_message.Message):
     open_episodes: int
     started_unix_ns: int
     log: _containers.RepeatedCompositeFieldContainer[SessionEvent]
-    def __init__(self, session_id: _Optional[str] = ..., task: _Optional[str] = ..., base_version: _Optional[int] = ..., temperature: _Optional[float] = ..., noise_correlation: _Optional[float] = ..., rule: _Optional[_Union[GateRule, _Mapping]] = ..., state: _Optional[_Union[SessionState, str]] = ..., live_version: _Optional[int] = ..., candidate_version: _Optional[int] = ..., past_versions: _Optional[_Iterable[int]] = ..., live: _Optional[_Union[Tally, _Mapping]] = ..., candidate: _Optional[_Union[Tally, _Mapping]] = ..., standing: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionTally, _Mapping]]] = ..., open_episodes: _Optional[int] = ..., started_unix_ns: _Optional[int] = ..., log: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...
+    episodes: _containers.RepeatedCompositeFieldContainer[SessionEpisode]
+    def __init__(self, session_id: _Optional[str] = ..., task: _Optional[str] = ..., base_version: _Optional[int] = ..., temperature: _Optional[float] = ..., noise_correlation: _Optional[float] = ..., rule: _Optional[_Union[GateRule, _Mapping]] = ..., state: _Optional[_Union[SessionState, str]] = ..., live_version: _Optional[int] = ..., candidate_version: _Optional[int] = ..., past_versions: _Optional[_Iterable[int]] = ..., live: _Optional[_Union[Tally, _Mapping]] = ..., candidate: _Optional[_Union[Tally, _Mapping]] = ..., standing: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionTally, _Mapping]]] = ..., open_episodes: _Optional[int] = ..., started_unix_ns: _Optional[int] = ..., log: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ..., episodes: _Optional[_Iterable[_Union[SessionEpisode, _Mapping]]] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ()
@@ -155,10 +177,12 @@ class ListSessionsReply(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "with_episodes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    WITH_EPISODES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    with_episodes: bool
+    def __init__(self, session_id: _Optional[str] = ..., with_episodes: bool = ...) -> None: ...
 
 class OfferCandidateRequest(_message.Message):
     __slots__ = ("session_id", "version", "device_fingerprint")

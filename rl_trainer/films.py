@@ -53,6 +53,14 @@ def film_evaluation(folder: Path, iteration: int, finished: Sequence[Finished], 
         write_webp(folder / film_name(task), [captioned(frame, instruction) for frame in both])
 
 
+def film_episode(path: Path, episode: Episode, caption: str, *, camera: str) -> None:
+    """Writes the film of one episode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [captioned(frame, caption) for frame in frames_of(episode, camera)]
+    if frames:
+        write_webp(path, [*frames, *[frames[-1]] * HOLD])
+
+
 def film_name(task: str) -> str:
     """A file name for "suite/3"."""
     return task.replace("/", "-") + ".webp"

@@ -6,10 +6,8 @@ before and after (films.py), where the time went, the curriculum, and what the l
 
 from __future__ import annotations
 
-import base64
 import html
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 from rl_trainer.films import film_evaluation, film_name
 from rl_trainer.observer import Observer, Row
 from rl_trainer.plots import BLUE, DARK, Axes, Draw, as_svg, lines, picture, stacked
+from rl_trainer.report_page import embedded, hours, table, write_page
 from rl_trainer.tally import Tally, by_task, total
 
 SMOOTH = 5
@@ -28,24 +27,6 @@ GAP_LIMIT = 1e-4
 """Between the server's log-probabilities and the learner's, in float32."""
 SPENT = ("environment_steps", "decisions", "episodes", "optimiser_steps")
 PHASES = ("collect", "learn", "publish", "evaluate")
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #22223b; max-width: 1040px; margin: 2.5em auto;
-       padding: 0 1.5em; }}
-h1 {{ font-size: 1.5em; margin: 0; }} h2 {{ font-size: 1.1em; margin: 2.2em 0 .6em; }} p {{ margin: .3em 0; }}
-table {{ border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: .22em .9em; border-bottom: 1px solid #e4e4e8; }}
-th {{ font-weight: 600; color: #6a6a78; vertical-align: bottom; }}
-th:first-child, td:first-child {{ padding-left: 0; }} .words {{ text-align: left; }}
-tr.all td {{ font-weight: 600; }}
-svg {{ width: 100%; height: auto; }} .films {{ display: flex; flex-wrap: wrap; gap: 1em; }}
-pre {{ font-size: .8em; }} .quiet {{ color: #6a6a78; }}
-</style></head><body>
-{body}
-</body></html>
-"""
 
 
 class Reporter(Observer):
@@ -73,13 +54,8 @@ def write_report(out: Path, instructions: Mapping[str, str] | None = None) -> Pa
     rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
     record = out / "train.json"
     config = json.loads(record.read_text()) if record.exists() else {}
-    page, partial = out / "report" / "index.html", out / "report" / "index.partial"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{config.get('suite', '')} in {out.name}"
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *_sections(rows, config, page.parent, instructions or {})])
-    partial.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
-    os.replace(partial, page)
-    return page
+    title, folder = f"{config.get('suite', '')} in {out.name}", out / "report"
+    return write_page(folder / "index.html", title, _sections(rows, config, folder, instructions or {}))
 
 
 def _sections(rows: Sequence[Row], config: Mapping, folder: Path, instructions: Mapping[str, str]) -> Iterable[str]:
@@ -97,7 +73,7 @@ def _sections(rows: Sequence[Row], config: Mapping, folder: Path, instructions: 
     films = [folder / film_name(task) for task in by_task(measured, "evaluate")]
     if films := [film for film in films if film.exists()]:
         yield "<h2>Before and after</h2><p>One held-out initial state of each task.</p>"
-        yield f'<div class="films">{"".join(map(_embedded, films))}</div>'
+        yield f'<div class="films">{"".join(map(embedded, films))}</div>'
     if trained:
         yield "<h2>The run</h2>" + as_svg(picture(panels(rows)))
     if config:
@@ -184,7 +160,7 @@ def _where(rows: Sequence[Row], config: Mapping) -> str:
     if not rows:
         return "Nothing was measured yet."
     done, spent_s = rows[-1]["step"], max((row.get("wall_clock_s", 0.0) for row in rows), default=0.0)
-    return f"iteration {done:.0f} of {config.get('iterations', '?')}, {_hours(spent_s)} of wall clock"
+    return f"iteration {done:.0f} of {config.get('iterations', '?')}, {hours(spent_s)} of wall clock"
 
 
 def _spent_table(measured: Sequence[Row], trained: Sequence[Row]) -> str:
@@ -205,9 +181,9 @@ def _spent_table(measured: Sequence[Row], trained: Sequence[Row]) -> str:
                 f"{row['evaluation_errors']:.0f}",
             ]
         spent = [f"{row[name]:,.0f}" if name in row else "" for name in SPENT]
-        clock = _hours(row["wall_clock_s"]) if "wall_clock_s" in row else ""
+        clock = hours(row["wall_clock_s"]) if "wall_clock_s" in row else ""
         body.append([f"{row['step']:.0f}", *spent, clock, *found])
-    return _table(head, body)
+    return table(head, body)
 
 
 def _tasks_table(rows: Sequence[Row], instructions: Mapping[str, str]) -> str:
@@ -226,27 +202,4 @@ def _tasks_table(rows: Sequence[Row], instructions: Mapping[str, str]) -> str:
     body = [[task, *(str(column.get(task, Tally())) for column in columns.values())] for task in tasks]
     body = [[*line, instructions.get(line[0], "")] for line in body]
     body.append(["all", *(str(sum(column.values(), Tally())) for column in columns.values()), ""])
-    return _table(["task", *columns, "instruction"], body, words=("task", "instruction"), sums=True)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: Sequence[str] = (), sums: bool = False) -> str:
-    """words: the columns that are text.  sums: the last line is of all the others."""
-    kinds = [' class="words"' if name in words else "" for name in head]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-
-    lines = [f"<tr>{line('td', cells)}</tr>" for cells in body]
-    if sums:
-        lines[-1] = lines[-1].replace("<tr>", '<tr class="all">')
-    return f"<table><tr>{line('th', head)}</tr>{''.join(lines)}</table>"
-
-
-def _embedded(film: Path) -> str:
-    data = base64.b64encode(film.read_bytes()).decode()
-    return f'<img alt="{html.escape(film.stem)}" src="data:image/webp;base64,{data}">'
-
-
-def _hours(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    return table(["task", *columns, "instruction"], body, words=("task", "instruction"), sums=True)

@@ -38,6 +38,7 @@ from rl_trainer.reward_model import load_reward_model
 from rl_trainer.run_state import load_state, save_state
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_config import SessionConfig
+from rl_trainer.session_report import film, write_session_report
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import Tally
@@ -225,6 +226,7 @@ class SessionRun:
                 state.live = state.candidate
             state.candidate = None
             self._save()
+            self._report()
         if session.live_version != state.live:  # by a person's word
             self._become(session.live_version)
             state.live = session.live_version
@@ -269,6 +271,7 @@ class SessionRun:
             if self.curriculum is not None and episode.start.rollout_id:
                 self.curriculum.observe(episode.start.task, episode.start.initial_state, success)
             self._learn_from(str(number), episode, pooled=True)
+            film(self.config.out / "report", episode, success=success, camera=self.checkpoint.config.camera)
             if str(number) in self._trajectories:
                 self.state.pool[str(number)] = 0
         self.state.cursor = newest
@@ -349,9 +352,15 @@ class SessionRun:
             "version": float(self.state.version),
         }
 
+    def _report(self) -> session_pb2.Session:
+        """Writes it from how the session stands now."""
+        session = self.client.get(self.name, with_episodes=True)
+        write_session_report(self.config.out, session, self.seconds)
+        return session
+
     def _tell_the_end(self) -> None:
         self._save()
-        session = self.client.get(self.name)
+        session = self._report()
         log = [{name: getattr(event, name) for name in EVENT} for event in session.log]
         (self.config.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
         adapter = self.config.out / VERSIONS / str(session.live_version)

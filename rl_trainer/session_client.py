@@ -38,9 +38,9 @@ class SessionClient:
         """Begins it, or finds it begun."""
         return self._admin(lambda: self._sessions.StartSession(request, timeout=DEFAULT_DEADLINE_S))
 
-    def get(self, session_id: str) -> session_pb2.Session:
+    def get(self, session_id: str, *, with_episodes: bool = False) -> session_pb2.Session:
         """With its log."""
-        request = session_pb2.GetSessionRequest(session_id=session_id)
+        request = session_pb2.GetSessionRequest(session_id=session_id, with_episodes=with_episodes)
         return self._admin(lambda: self._sessions.GetSession(request, timeout=DEFAULT_DEADLINE_S))
 
     def all(self) -> Sequence[session_pb2.Session]:

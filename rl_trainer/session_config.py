@@ -97,7 +97,7 @@ class SessionConfig:
     """of the suite; none given: all"""
     split: str = "train"
     """initial states to practise on"""
-    ahead: int = 16
+    ahead: int = 64
     """rollouts that wait for workers, or are with them"""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(

@@ -126,6 +126,12 @@ def test_a_candidate_takes_its_share_and_a_robot_outside_never_gets_it(server, s
     assert {start.version for start in episodes(server)} == got
     session = sessions.GetSession(session_pb2.GetSessionRequest(session_id="s"), timeout=10)
     assert session.live.episodes + session.candidate.episodes == 40 and "open" not in session.standing
+    assert not session.episodes, "nobody asked for them"
+    asked = session_pb2.GetSessionRequest(session_id="s", with_episodes=True)
+    counted = sessions.GetSession(asked, timeout=10).episodes
+    starts = episodes(server, session_id="s")
+    assert [(one.episode_id, one.version) for one in counted] == [(one.episode_id, one.version) for one in starts]
+    assert all(one.success and one.ticks == 1 and not one.intervened for one in counted)
 
 
 def test_an_offer_again_is_the_same_offer(server, sessions, admin):

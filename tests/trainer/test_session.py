@@ -9,23 +9,27 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from policy_server.version_store import VersionStore
+from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.lora import lora_tensors
+from policy_server.vla.model import collate
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos import session_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import LearnerConfig
-from rl_trainer.loss import LossConfig
+from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, SessionRun, train_session
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_commands import Export, List, Rollback, Show
 from rl_trainer.session_config import At, GateConfig, SessionConfig
+from rl_trainer.trajectories import TrajectoryReader
 from tests.server.running import RunningServer, serving
 from tests.trainer.fake_worker import Succeeds, by_seed, working
 
@@ -83,6 +87,28 @@ def test_a_version_that_does_better_is_promoted_and_the_next_is_made_of_it(tiny_
     assert verdicts[:2] == [("offer", 1), ("promote", 1)] and ("offer", 2) in verdicts
     played = Counter(episode.start.version for episode in episodes_of(tmp_path))
     assert played[0] and played[1] and {episode.start.session_id for episode in episodes_of(tmp_path)} == {"lab"}
+    report = (tmp_path / "lab" / "report" / "index.html").read_text()
+    assert "the candidate does not succeed less often" in report and "data:image/webp" in report
+
+
+def test_plain_peft_reads_the_exported_adapter_and_answers_as_the_server_did(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        config = config_of(tmp_path, tiny_vla, server)
+        with closing(SessionRun(config)) as run:
+            while run.state.live != 1:
+                assert run.step()
+            list(Export(at=config.at, session="lab", out=config.out, to=tmp_path / "to").lines(run.client))
+    base = load_checkpoint(tiny_vla)
+    theirs = peft.PeftModel.from_pretrained(base.model, str(tmp_path / "to")).eval()
+    answered = TrajectoryReader(base.config, base.tokenizer)
+    [one] = answered.read(next(episode for episode in episodes_of(tmp_path) if episode.start.version == 1))
+    ids_TN, mask_TN = torch.from_numpy(one.token_ids_TN), torch.from_numpy(one.mask_TN)
+    with torch.no_grad():
+        logits_TNV = theirs(collate(one.observations), ids_TN).logits_BNV
+    temperature_T = torch.from_numpy(one.temperature_T)
+    got_TN = token_logprobs(logits_TNV, ids_TN - base.config.action_begin, temperature_T, mask_TN)
+    recorded_TN = torch.from_numpy(one.logprobs_TN)
+    assert (got_TN - recorded_TN)[mask_TN].abs().max() < 1e-4
 
 
 def test_a_version_that_does_worse_is_rolled_back_and_the_learner_with_it(tiny_vla: Path, tmp_path: Path) -> None:
