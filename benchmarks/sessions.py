@@ -1,12 +1,13 @@
 """Sessions on simulated robots in shifted worlds: one resumable list, fixed before its first run.
 
     python -m benchmarks.sessions --list                    what there is, and what is done
-    python -m benchmarks.sessions [--only camera-0] [--hours 2]   runs what is not done, in the list's order
+    python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
 
-The policy is nano, the tasks are three of libero_object, with stand-in visuals.  Its success is measured greedy, on
-fresh states, before and after; practice is on fixed and drawn states of the train split, sampled, with coarse meshes.
+Three tasks of libero_object, with stand-in visuals.  Success is measured greedy, on fresh states, before and after;
+practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with nano as
+the recipe prepares it (benchmarks/recipe.py): taught, by itself, to do when it samples what it does when it is greedy.
 
-    before-SHIFT        nano as it is, in a world (sim/shifts.py)
+    before-SHIFT        nano, and nano prepared, in a world (sim/shifts.py)
     SHIFT-SEED          a session in that world, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
@@ -33,9 +34,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from google.protobuf.json_format import MessageToDict
 
+from benchmarks.recipe import CORRELATION, prepared, take
 from policy_server.vla.lora import lora_tensors
+from protos import session_pb2
 from protos.channel import free_port
+from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import BATCH_WAIT_MS, Child, kept_alive
 from rl_trainer.session import SessionRun
 from rl_trainer.session_config import At, SessionConfig
@@ -43,13 +48,13 @@ from sim.evaluate import WORKER_ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results" / "sessions"
 SUITE, TASKS = "libero_object", (0, 4, 8)
-SHIFTS = ("camera", "light", "friction", "objects", "all")
+MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
+"""Shifts: camera, light, friction and objects changed at once, each by half; and each by itself."""
 SEEDS = (0, 1, 2)
 FRESH_PER_TASK = 50
 EPISODES = 400
 EPISODES_BAD = 200
 CORRECTED = 0.2
-SPOILT_SHIFT = CORRECTED_SHIFT = "camera"
 FAST = 30
 Trainer = Literal["healthy", "fast", "shuffled", "random"]
 
@@ -70,32 +75,36 @@ class Experiment:
     evaluated: bool = True
 
 
+def shifted(*shifts: str) -> Iterator[Experiment]:
+    """A session in each of these worlds, from each seed."""
+    for seed in SEEDS:
+        for shift in shifts:
+            yield Experiment(name=f"{shift}-{seed}", shift=shift, seed=seed)
+
+
+def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
+    """A session with each of these, from each seed."""
+    for seed in SEEDS:
+        for trainer in trainers:
+            name = f"{trainer}-{seed}"
+            yield Experiment(name=name, shift=MAIN, trainer=trainer, seed=seed, episodes=EPISODES_BAD, evaluated=False)
+
+
+def corrected() -> Iterator[Experiment]:
+    """Sessions with an expert's help: used, and not."""
+    for seed in SEEDS:
+        for name, weight in (("corrected", None), ("ignored", 0.0)):
+            yield Experiment(
+                name=f"{name}-{seed}", shift=MAIN, seed=seed, corrected=CORRECTED, intervention_weight=weight
+            )
+
+
 EXPERIMENTS = (
-    *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in ("", *SHIFTS)),
-    *(Experiment(name=f"{shift}-{seed}", shift=shift, seed=seed) for seed in SEEDS for shift in SHIFTS),
-    *(
-        Experiment(
-            name=f"{trainer}-{seed}",
-            shift=SPOILT_SHIFT,
-            trainer=trainer,
-            seed=seed,
-            episodes=EPISODES_BAD,
-            evaluated=False,
-        )
-        for seed in SEEDS
-        for trainer in ("fast", "shuffled", "random")
-    ),
-    *(
-        Experiment(
-            name=f"{name}-{seed}",
-            shift=CORRECTED_SHIFT,
-            seed=seed,
-            corrected=CORRECTED,
-            intervention_weight=weight,
-        )
-        for seed in SEEDS
-        for name, weight in (("corrected", None), ("ignored", 0.0))
-    ),
+    *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in ("", MAIN, *OTHERS)),
+    *shifted(MAIN),
+    *spoilt("fast", "shuffled", "random"),
+    *corrected(),
+    *shifted(*OTHERS),
 )
 
 
@@ -109,6 +118,8 @@ class SessionsConfig:
     """print what there is, and stop"""
     hours: float = float("inf")
     """begin nothing new after so long"""
+    runs: Path = Path("runs/recipe")
+    """where the recipe's runs lie, which make the policy that sessions begin with"""
     results: Path = field(default=RESULTS)
 
 
@@ -117,7 +128,9 @@ class Lab:
     """A server, and simulated robots in a shifted world, whose workers come and go."""
 
     folder: Path
+    server: Child
     at: At
+    model: str
     shift: str
 
     def evaluated(self, version: int) -> dict[str, Any]:
@@ -144,16 +157,17 @@ class Lab:
 
 
 @contextmanager
-def lab(shift: str) -> Iterator[Lab]:
+def lab(model: str, shift: str) -> Iterator[Lab]:
     """All of it is gone in the end."""
     with tempfile.TemporaryDirectory() as name:
         folder, port, admin = Path(name), free_port(), free_port()
-        command = ["policy_server", "serve", "--port", str(port), "--admin-port", str(admin)]
+        command = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
         command += ["--episodes", str(folder / "episodes"), "--versions", str(folder / "versions")]
         command += ["--max-batch", "16", "--max-wait-ms", str(BATCH_WAIT_MS)]
-        with kept_alive([Child("server", _python(command), folder / "server.log", on_loss=print)]):
+        server = Child("server", _python(command), folder / "server.log", on_loss=print)
+        with kept_alive([server]):
             at = At(server=f"127.0.0.1:{port}", admin=f"127.0.0.1:{admin}")
-            yield Lab(folder=folder, at=at, shift=shift)
+            yield Lab(folder=folder, server=server, at=at, model=model, shift=shift)
 
 
 def main(config: SessionsConfig) -> int:
@@ -170,28 +184,48 @@ def main(config: SessionsConfig) -> int:
     config.results.mkdir(parents=True, exist_ok=True)
     for experiment, path in paths.items():
         if not path.exists() and time.monotonic() < give_up_s:
-            with lab(experiment.shift) as here:
-                result = {"experiment": asdict(experiment), **carry_out(experiment, here)}
+            result = {"experiment": asdict(experiment), **carry_out(experiment, prepared_nano(config.runs))}
             path.write_text(json.dumps(result, indent=1) + "\n")
     return int(not all(path.exists() for path in paths.values()))
 
 
-def carry_out(experiment: Experiment, here: Lab) -> dict[str, Any]:
-    """The session, what came of its episodes, and what its live version does."""
+def prepared_nano(runs: Path) -> str:
+    """The checkpoint that sessions begin with; made where it is not there yet."""
+    *states, teaching, _ = prepared(SUITE)
+    for one in states:
+        take(one, runs)
+    return str(take(teaching, runs) / "last")
+
+
+def carry_out(experiment: Experiment, model: str) -> dict[str, Any]:
+    """What the experiment is about, with the checkpoint that sessions begin with."""
     if experiment.trainer is None:
-        return {"evaluation": here.evaluated(0)}
+        evaluations = {}
+        for name, one in (("nano", "nano"), ("prepared", model)):
+            with lab(one, experiment.shift) as here:
+                evaluations[name] = here.evaluated(0)
+        return {"evaluations": evaluations}
+    with lab(model, experiment.shift) as here:
+        return have_session(experiment, here)
+
+
+def have_session(experiment: Experiment, here: Lab) -> dict[str, Any]:
+    """What came of its episodes, and what its live version does."""
     config = config_of(experiment, here)
     with closing(SessionRun(config)) as run, here.practising(experiment.corrected):
         spoil(run, experiment.trainer)
         run.go()
-        live = run.client.get(config.session_id).live_version
-    log = [json.loads(line) for line in (here.folder / f"versions/sessions/{config.session_id}.jsonl").open()]
+        session = run.client.get(config.session_id, with_episodes=True)
+    began = session.started_unix_ns
     return {
-        "charter": log[0],
-        "episodes": [_episode(event, log[0]) for event in log[1:] if event["what"] == "episode"],
-        "log": [event for event in log[1:] if event["what"] != "episode"],
+        "rule": MessageToDict(session.rule),
+        "episodes": [[one.version, _letter(one), round((one.unix_ns - began) / 1e9, 1)] for one in session.episodes],
+        "log": [
+            [event.what, event.version, event.by, round((event.unix_ns - began) / 1e9, 1), event.reason]
+            for event in session.log
+        ],
         "curve": [json.loads(line) for line in (config.out / "curve.jsonl").open()],
-        "evaluation": here.evaluated(live) if experiment.evaluated else None,
+        "evaluation": here.evaluated(session.live_version) if experiment.evaluated else None,
     }
 
 
@@ -200,11 +234,14 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
     config = SessionConfig(
         at=here.at,
         out=here.folder / "session",
+        model=here.model,
         task=f"{SUITE} {TASKS}",
         budget_episodes=experiment.episodes,
         suite=SUITE,
         tasks=TASKS,
         split="train_drawn",
+        noise_correlation=CORRELATION,
+        curriculum=CurriculumConfig(rule="uniform"),  # the curve of the episodes is one of the policy
         seed=experiment.seed,
     )
     learner = config.learner
@@ -217,7 +254,7 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
     return replace(config, learner=learner)
 
 
-def spoil(run: SessionRun, trainer: Trainer) -> None:
+def spoil(run: SessionRun, trainer: Trainer | None) -> None:
     """What is wrong with a trainer, but for what its configuration says."""
     learner, rng = run.learner, np.random.default_rng(run.config.seed)
     advantages, matrices = learner._advantages, lora_tensors(run.checkpoint.model)
@@ -240,12 +277,9 @@ def spoil(run: SessionRun, trainer: Trainer) -> None:
         learner.update = random
 
 
-def _episode(event: dict[str, Any], charter: dict[str, Any]) -> tuple[int, str, float]:
-    """Version, outcome, and seconds since the session began."""
-    trial = event["trial"]
-    letter = "S" if trial["success"] else "F"
-    seconds = (event["unix_ns"] - charter["started_unix_ns"]) / 1e9
-    return event["version"], letter.lower() if trial["intervened"] else letter, round(seconds, 1)
+def _letter(episode: session_pb2.SessionEpisode) -> str:
+    letter = "S" if episode.success else "F"
+    return letter.lower() if episode.intervened else letter
 
 
 def _python(command: list[str]) -> list[str]:
