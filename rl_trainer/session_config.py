@@ -97,13 +97,20 @@ class SessionConfig:
     """of the suite; none given: all"""
     split: str = "train"
     """initial states to practise on"""
-    ahead: int = 64
+    ahead: int = 32
     """rollouts that wait for workers, or are with them"""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
             learning_rate=1e-4,
             warm_up=1,
+            gamma=0.998,
+            lambda_=0.8,
+            critic_learning_rate=1e-3,
+            critic_epochs=8,
+            minibatch=128,
+            target_kl=0.3,  # from those who played, who may be some updates behind
+            lessons=64,
             success_weight=0.3,
             intervention_weight=1.0,
             loss=LossConfig(reference_weight=0.02),

@@ -97,7 +97,7 @@ class Episode:
         self._client = client
         self._observers = observers
         self._pilot = pilot
-        self._wish = NOTHING
+        self._wish, self._wished_tick = NOTHING, -1
         self._held_up = ""
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
@@ -172,7 +172,8 @@ class Episode:
         """Reads the arm; ends the episode when it is over; takes in an answer; asks when a decision is due."""
         with self._ending_on_error():
             self._state = self.arm.state()
-            self._wish = self._pilot.wish() if self._pilot else NOTHING
+            if self._pilot and self._wished_tick != self._ticks:  # in lockstep a tick may take several looks
+                self._wish, self._wished_tick = self._pilot.wish(), self._ticks
             self.ending = self._ending(self._state)
             if self.over:
                 return
