@@ -178,6 +178,7 @@ def main(config: IsolationConfig) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, port, admin = Path(name), free_port(), free_port()
         serve = ["policy_server", "serve", "--port", str(port), "--admin-port", str(admin), "--deterministic"]
+        serve += ["--max-batch", "8"]  # to which every pass is padded
         serve += ["--episodes", str(folder / "episodes"), "--versions", str(folder / "versions")]
         at = At(server=f"127.0.0.1:{port}", admin=f"127.0.0.1:{admin}")
         server = Child("server", [sys.executable, "-m", *serve], folder / "server.log", on_loss=print)
