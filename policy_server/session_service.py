@@ -170,9 +170,7 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             accepted=accepted, reason=reason, session=self._message(request.session_id)
         )
 
-    def _message(
-        self, session_id: str, *, with_log: bool = False, with_episodes: bool = False
-    ) -> session_pb2.Session:
+    def _message(self, session_id: str, *, with_log: bool = False, with_episodes: bool = False) -> session_pb2.Session:
         with self._sessions.read(session_id) as session:
             message = described(session, with_log=with_log, with_episodes=with_episodes)
         message.open_episodes = self._sessions.open_episodes(session_id)
