@@ -10,9 +10,9 @@ about frames of LIBERO, with the same seeds in every part:
                makes adapters of random numbers, which go on trial
     alone      once more
 
-Half as long alone each time as with sessions.  The plain robot's tokens and log-probabilities must be the same, bit for
-bit, and its 99th percentile with sessions within 1.2 of that alone.  The trainers yield to the others: a lab's would
-have a machine, or a device, of their own.
+Half of its episodes alone each time, all of them with sessions.  Its tokens and log-probabilities must be the same, bit
+for bit, and its 99th percentile with sessions within 1.2 of that alone.  The trainers yield to the others: a lab's
+would have a machine, or a device, of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import json
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,10 +37,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.sessions import SUITE, TASKS, spoil
+from benchmarks.session_kills import Trainer
+from benchmarks.sessions import SUITE, TASKS, lab, spoil
 from protos import episode_pb2
-from protos.channel import free_port
-from rl_trainer.launch import Child, die_with_parent, kept_alive
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, SessionRun
 from rl_trainer.session_client import SessionClient
@@ -60,10 +58,14 @@ ARMS_EACH = 2
 FRAMES = 20
 ASKED_HZ = 5.0
 BEYOND = 1.2
+SERVE = ("--deterministic", "--max-batch", "8")
+"""Every pass is padded to so many."""
 KILLS = 3
 YIELD = 15
 """Niceness of the trainers."""
 TEMPERATURE = 0.5
+Asked = tuple[list[str], list[float]]
+"""A hash of each answer's tokens and log-probabilities, and the seconds that it took."""
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -151,46 +153,36 @@ class Plain:
             self._seen.append(self._client.spec().read_of(arm.observe(), self._arm))
         self._goal = goal
 
-    def ask(self, seconds: float) -> tuple[list[str], list[float]]:
-        """A hash of each answer's tokens and log-probabilities, and the seconds that it took; in rhythm."""
-        answers, took_s = list[str](), list[float]()
-        begin_s = time.monotonic()
-        for number in itertools.count():
-            rollout = Rollout(task=self._goal, temperature=1.0, seed=number, version=0)
+    def ask(self, episodes: range) -> Asked:
+        """These episodes, by their seeds, in rhythm."""
+        answers, took_s, begin_s = list[str](), list[float](), time.monotonic()
+        for seed in episodes:
+            rollout = Rollout(task=self._goal, temperature=1.0, seed=seed, version=0)
             episode_id = self._client.start_episode(rollout, self._arm).episode_id
             for decision, seen in enumerate(self._seen):
-                due_s = begin_s + len(answers) / ASKED_HZ
-                if due_s > begin_s + seconds:
-                    self._client.end_episode(episode_id, "failure")
-                    return answers, took_s
-                time.sleep(max(0.0, due_s - time.monotonic()))
+                time.sleep(max(0.0, begin_s + len(answers) / ASKED_HZ - time.monotonic()))
                 asked_s = time.perf_counter()
                 answer = self._client.act(episode_id, decision, replace(seen, capture_time_ns=time.monotonic_ns()))
                 took_s.append(time.perf_counter() - asked_s)
                 said = answer.token_ids_N.tobytes() + answer.token_logprobs_N.tobytes()
                 answers.append(hashlib.sha256(said).hexdigest())
             self._client.end_episode(episode_id, "failure")
-        raise AssertionError("unreachable")
+        return answers, took_s
 
 
 def main(config: IsolationConfig) -> int:
     """0 where the laws hold."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, port, admin = Path(name), free_port(), free_port()
-        serve = ["policy_server", "serve", "--port", str(port), "--admin-port", str(admin), "--deterministic"]
-        serve += ["--max-batch", "8"]  # to which every pass is padded
-        serve += ["--episodes", str(folder / "episodes"), "--versions", str(folder / "versions")]
-        at = At(server=f"127.0.0.1:{port}", admin=f"127.0.0.1:{admin}")
-        server = Child("server", [sys.executable, "-m", *serve], folder / "server.log", on_loss=print)
-        with kept_alive([server]), closing(SessionClient(at.run_server)) as client:
-            plain, half_s = Plain(at.server), 30 * config.minutes
+    with tempfile.TemporaryDirectory() as name, lab("nano", "", serve=SERVE) as here:
+        folder, at = Path(name), here.at
+        with closing(SessionClient(at.run_server)) as client:
+            plain, half = Plain(at.server), round(30 * config.minutes * ASKED_HZ / FRAMES)
             with arms(at.server, ("", "")):
-                before = plain.ask(half_s)
+                before = plain.ask(range(half))
             with trainers(config, at, folder), arms(at.server, SESSIONS):
-                during = plain.ask(2 * half_s)
+                during = plain.ask(range(2 * half))
                 sessions = {name: client.get(name, with_episodes=True) for name in SESSIONS}
             with arms(at.server, ("", "")):
-                after = plain.ask(half_s)
+                after = plain.ask(range(half, 2 * half))
     figures = compared(before, during, after) | {
         "minutes": config.minutes,
         "sessions": {
@@ -203,21 +195,15 @@ def main(config: IsolationConfig) -> int:
     return int(not (figures["same"] and figures["p99_ratio"] <= BEYOND))
 
 
-Asked = tuple[list[str], list[float]]
-
-
 def compared(before: Asked, during: Asked, after: Asked) -> dict[str, Any]:
     """Answers with the same seed and frame, and their times in ms."""
-    n = len(before[0])
-    same = during[0][:n] == before[0] and after[0] == before[0][: len(after[0])]
-    alone_s, with_s = [*before[1], *after[1]], during[1]
+    alone, alone_s, with_s = [*before[0], *after[0]], [*before[1], *after[1]], during[1]
     times = {
         name: {f"p{q}": round(1e3 * float(np.percentile(took_s, q)), 2) for q in (50, 90, 99)} | {"n": len(took_s)}
         for name, took_s in (("alone_ms", alone_s), ("with_sessions_ms", with_s))
     }
     return {
-        "same": same,
-        "compared": n,
+        "same": alone == during[0],
         **times,
         "p99_ratio": round(times["with_sessions_ms"]["p99"] / times["alone_ms"]["p99"], 3),
     }
@@ -239,7 +225,7 @@ def trainers(config: IsolationConfig, at: At, folder: Path) -> Iterator[None]:
                 time.sleep(0.1)
         yield
         fields, _ = load_state(folder / "healthy" / STATE)
-        print(f"the healthy session's trainer made {fields['counts']['updates']} updates", flush=True)
+        print(f"the healthy session's trainer made {fields['counts'].get('updates', 0)} updates", flush=True)
     finally:
         killer.terminate()
         spoilt.kill()
@@ -249,20 +235,11 @@ def trainers(config: IsolationConfig, at: At, folder: Path) -> Iterator[None]:
 
 def train_and_kill(at: At, out: Path, moments: list[float]) -> None:
     """A trainer that is killed at these seconds, and resumed; ends with this process."""
-    command = [sys.executable, "-m", "rl_trainer", "session", "start", "--out", str(out), "--update-every", "8"]
-    command += ["--server", at.server, "--admin", at.admin]
-
-    def started() -> subprocess.Popen:
-        resume = ["--resume"] if (out / STATE).exists() else []
-        return subprocess.Popen([*command, *resume], preexec_fn=lambda: (os.nice(YIELD), die_with_parent()))
-
-    trainer, began_s = started(), time.monotonic()
+    trainer, began_s = Trainer(at, out, "--update-every", "8", niceness=YIELD), time.monotonic()
     for moment_s in moments:
         time.sleep(max(0.0, began_s + moment_s - time.monotonic()))
         trainer.kill()
-        trainer.wait()
-        trainer = started()
-    trainer.wait()
+    trainer.process.wait()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ the server.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -34,11 +35,13 @@ from rl_trainer.launch import die_with_parent
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, VERSIONS
 from rl_trainer.session_client import SessionClient
+from rl_trainer.session_config import At
 
 Victim = Literal["trainer", "server"]
 SHIFT, SESSION = "all", "killed"
 OPTIONS = ("--update-every", "8", "--learner.warm-up", "0", "--gate.max-episodes", "10", "--budget-episodes", "100000")
 """Many updates and verdicts: each is a moment that a kill may hit."""
+PRACTICE = ("--suite", SUITE, "--tasks", *map(str, TASKS), "--split", "train_drawn")
 AFTER_S = 30.0
 """Between the last kill and the end."""
 END_S = 300.0
@@ -66,18 +69,24 @@ class Kill:
 
 
 class Trainer:
-    """The session's, in a process that is started again wherever it was killed."""
+    """A session's, in a process that is started again wherever it was killed.
 
-    def __init__(self, here: Lab, out: Path):
-        self.out = out
-        self._command = [sys.executable, "-m", "rl_trainer", "session", "start", "--out", str(out), *OPTIONS]
-        self._command += ["--server", here.at.server, "--admin", here.at.admin, "--suite", SUITE]
-        self._command += ["--tasks", *map(str, TASKS), "--split", "train_drawn"]
+    options: of `session start`, but for --out and where the server is.  niceness: how much it yields to others.
+    """
+
+    def __init__(self, at: At, out: Path, *options: str, niceness: int = 0):
+        self.out, self._niceness = out, niceness
+        self._command = [sys.executable, "-m", "rl_trainer", "session", "start", "--out", str(out)]
+        self._command += ["--server", at.server, "--admin", at.admin, *options]
         self.start()
 
     def start(self) -> None:
         resume = ["--resume"] if (self.out / STATE).exists() else []
-        self.process = subprocess.Popen([*self._command, *resume], preexec_fn=die_with_parent)
+        self.process = subprocess.Popen([*self._command, *resume], preexec_fn=self._settle)
+
+    def _settle(self) -> None:
+        os.nice(self._niceness)
+        die_with_parent()
 
     def kill(self) -> None:
         self.process.kill()
@@ -90,7 +99,7 @@ def main(config: KillsConfig) -> int:
     rng, victims = random.Random(config.seed), get_args(Victim)
     kills = [Kill(victim=rng.choice(victims), pause_s=rng.uniform(*config.every_s)) for _ in range(config.kills)]
     with tempfile.TemporaryDirectory() as name, lab("nano", SHIFT) as here:
-        trainer, before = Trainer(here, Path(name) / SESSION), list[list[bytes]]()
+        trainer, before = Trainer(here.at, Path(name) / SESSION, *OPTIONS, *PRACTICE), list[list[bytes]]()
         with here.practising(corrected=0.0), closing(SessionClient(here.at.run_server)) as client:
             for kill in kills:
                 time.sleep(kill.pause_s)

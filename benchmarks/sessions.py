@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ EPISODES = 400
 EPISODES_BAD = 200
 CORRECTED = 0.2
 FAST = 30
+FOR_WORKERS = ("--max-batch", "16", "--max-wait-ms", str(BATCH_WAIT_MS))
 Trainer = Literal["healthy", "fast", "shuffled", "random"]
 
 
@@ -157,13 +158,13 @@ class Lab:
 
 
 @contextmanager
-def lab(model: str, shift: str) -> Iterator[Lab]:
-    """All of it is gone in the end."""
+def lab(model: str, shift: str, *, serve: Sequence[str] = FOR_WORKERS) -> Iterator[Lab]:
+    """All of it is gone in the end.  serve: more flags of the server's."""
     with tempfile.TemporaryDirectory() as name:
         folder, port, admin = Path(name), free_port(), free_port()
         command = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
         command += ["--episodes", str(folder / "episodes"), "--versions", str(folder / "versions")]
-        command += ["--max-batch", "16", "--max-wait-ms", str(BATCH_WAIT_MS)]
+        command += serve
         server = Child("server", _python(command), folder / "server.log", on_loss=print)
         with kept_alive([server]):
             at = At(server=f"127.0.0.1:{port}", admin=f"127.0.0.1:{admin}")

@@ -14,7 +14,7 @@ from robot_client.pilot import Wish
 from robot_client.rollout import Rollout
 from sim.expert import Expert
 from sim.expert_tasks import recipe_for
-from sim.scene import Scene
+from sim.libero_arm import LiberoArm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +32,23 @@ class Correction:
         if self.after_ticks < 0:
             raise ValueError(f"after_ticks must not be negative, got {self.after_ticks}")
 
-    def pilot(self, arm: Arm, scene: Scene, rollout: Rollout) -> Corrector | None:
-        """Of an episode that is to begin; None: nobody watches, as always in evaluations.
+    def pilot(self, arm: Arm, rollout: Rollout) -> Corrector | None:
+        """Of an episode that is to begin on a simulated arm; None: nobody watches, as always in evaluations.
 
         Raises ValueError for a task without an expert.
         """
+        assert isinstance(arm, LiberoArm)
         if rollout.purpose != "train" or random.random() >= self.share:
             return None
-        return Corrector(arm, scene, after_ticks=self.after_ticks)
+        return Corrector(arm, after_ticks=self.after_ticks)
 
 
 class Corrector:
     """A Pilot of one episode.  Drives as the scripted expert of the scene's task would."""
 
-    def __init__(self, arm: Arm, scene: Scene, *, after_ticks: int):
+    def __init__(self, arm: LiberoArm, *, after_ticks: int):
         self._arm, self._after_ticks = arm, after_ticks
-        self._expert = Expert(scene, recipe_for(scene.task))
+        self._expert = Expert(arm.scene, recipe_for(arm.scene.task))
 
     def wish(self) -> Wish:
         """See Pilot."""

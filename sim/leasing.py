@@ -25,11 +25,10 @@ from sim.evaluate import WORKER_ENVIRONMENT
 from sim.job_queue import Job
 from sim.libero_arm import LiberoArm, SimulatedTask
 from sim.pool import Answer, Deadlines, Pool, Progress, Runner
-from sim.scene import Scene
 from sim.scenes import Scenes, default_budget_gb
 from sim.shifts import find_shift
 from sim.suites import SUITES, find_suite, find_task
-from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on, scene_of, scenes_of
+from sim.worker import SERVER_PATIENCE_S, Heartbeat, WorkerConfig, arms_on, scenes_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,23 +120,16 @@ def _man_post(
         progress("build")
         try:
             arms = arms_on(scenes, lease.rollout.task, client, config.slots)
-            scene = scene_of(scenes, lease.rollout.task)
         except ValueError as error:
             leases.give_back(lease.lease_id, str(error))
         else:
-            _run_leases(config, client, leases, arms, scene, lease, progress)
+            _run_leases(config, client, leases, arms, lease, progress)
             scenes.require_budget()
     yield
 
 
 def _run_leases(
-    config: WorkerConfig,
-    client: PolicyClient,
-    leases: Leases,
-    arms: list[LiberoArm],
-    scene: Scene,
-    first: Lease,
-    progress: Progress,
+    config: WorkerConfig, client: PolicyClient, leases: Leases, arms: list[LiberoArm], first: Lease, progress: Progress
 ) -> None:
     """Runs one lease and, interleaved with it, whatever else there is to do on its scene."""
     task = first.rollout.task
@@ -157,7 +149,7 @@ def _run_leases(
         rollouts(),
         client,
         observers=lambda _: [Heartbeat(progress)],
-        pilots=lambda arm, rollout: config.correction.pilot(arm, scene, rollout),
+        pilots=config.correction.pilot,
         on_wait=lambda: progress("step"),
     )
     for result in results:

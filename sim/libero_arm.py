@@ -66,7 +66,7 @@ class LiberoArm:
         unknown = sorted(set(image_sizes) - set(scene.task.cameras))
         if unknown:
             raise ArmError(f"cameras of {scene.task.id} are {list(scene.task.cameras)}, got {unknown}")
-        self._scene = scene
+        self.scene = scene
         self._image_sizes = dict(image_sizes)
         self._saved: State | None = None
         self._instruction = ""
@@ -77,18 +77,18 @@ class LiberoArm:
 
     @property
     def spec(self) -> ArmSpec:
-        spec = arm_spec(self._scene.task, tuple(self._image_sizes))
-        tree = in_world(spec.asset_tree, self._scene.shift)
+        spec = arm_spec(self.scene.task, tuple(self._image_sizes))
+        tree = in_world(spec.asset_tree, self.scene.shift)
         return replace(spec, asset_tree=f"{tree}, coarse meshes" if self._coarse else tree)
 
     def reset(self, task: Task) -> None:
         """Starts an episode from task.initial_state; when that is empty, from the first of the train split."""
-        if "/" in task.name and task.name != self._scene.task.id:
-            raise ArmError(f"this arm's scene is {self._scene.task.id}, got task {task.name!r}")
+        if "/" in task.name and task.name != self.scene.task.id:
+            raise ArmError(f"this arm's scene is {self.scene.task.id}, got task {task.name!r}")
         self._enter()
-        first = "seed:0" if self._scene.task.simulator == "robosuite" else "0"
+        first = "seed:0" if self.scene.task.simulator == "robosuite" else "0"
         try:
-            self._scene.reset(task.initial_state or first)
+            self.scene.reset(task.initial_state or first)
         except ValueError as error:
             raise ArmError(str(error)) from error
         self._instruction = task.instruction
@@ -98,17 +98,17 @@ class LiberoArm:
     def state(self) -> ArmState:
         self._enter()
         outcome = "success" if self._success else None
-        return ArmState(tick=self._ticks, state_S=self._scene.proprio(), outcome=outcome)
+        return ArmState(tick=self._ticks, state_S=self.scene.proprio(), outcome=outcome)
 
     def observe(self) -> Observation:
         self._enter()
         images = {
-            name: np.ascontiguousarray(self._scene.render(name, height, width, coarse=self._coarse)[:, ::-1])
+            name: np.ascontiguousarray(self.scene.render(name, height, width, coarse=self._coarse)[:, ::-1])
             for name, (height, width) in self._image_sizes.items()
         }
         return Observation(
             images=images,
-            state_S=self._scene.proprio(),
+            state_S=self.scene.proprio(),
             instruction=self._instruction,
             capture_time_ns=time.monotonic_ns(),
         )
@@ -130,23 +130,23 @@ class LiberoArm:
 
     def _move(self, command: np.ndarray) -> None:
         self._enter()
-        self._success = self._scene.step(command) or self._success
+        self._success = self.scene.step(command) or self._success
 
     def step_aside(self) -> None:
         """Saves this arm's episode: another arm is about to take the scene."""
-        self._saved = self._scene.save()
+        self._saved = self.scene.save()
 
     def _enter(self) -> None:
         """Makes this arm's episode the one that stands in the scene."""
-        occupant = self._scene.occupant
+        occupant = self.scene.occupant
         if occupant is self:
             return
         if occupant is not None:
             occupant.step_aside()
         if self._saved is not None:
-            self._scene.restore(self._saved)
+            self.scene.restore(self._saved)
             self._saved = None
-        self._scene.occupant = self
+        self.scene.occupant = self
 
 
 def build_arm(

@@ -113,16 +113,10 @@ def _run_group(
     scenes.require_budget()
 
 
-def scene_of(scenes: Scenes, task: str) -> Scene:
-    """The task's, built or held."""
-    scene = scenes.of(task)
-    assert isinstance(scene, Scene)
-    return scene
-
-
 def arms_on(scenes: Scenes, task: str, client: Client, slots: int) -> list[LiberoArm]:
     """So many arms, interleaved on the task's scene, that see what the client's policy wants to see."""
-    scene = scene_of(scenes, task)
+    scene = scenes.of(task)
+    assert isinstance(scene, Scene)
     sizes = {image.name: (image.height, image.width) for image in client.spec().message.images}
     return [LiberoArm(scene=scene, image_sizes=sizes) for _ in range(slots)]
 

@@ -44,7 +44,7 @@ def played(server: RunningServer, scene: Scene, correction: Correction, **rollou
     with PolicyClient(server.address) as client:
         [image] = client.spec().message.images
         arms = [LiberoArm(scene=scene, image_sizes={image.name: (image.height, image.width)}) for _ in tasks]
-        return list(run_lockstep(arms, rollouts, client, pilots=lambda arm, one: correction.pilot(arm, scene, one)))
+        return list(run_lockstep(arms, rollouts, client, pilots=correction.pilot))
 
 
 def test_each_arm_on_the_scene_is_driven_to_success(server, lift) -> None:
@@ -73,7 +73,7 @@ def test_a_share_of_the_episodes_is_corrected(lift) -> None:
     arm = LiberoArm(scene=lift, image_sizes={})
     goal = SimulatedTask(name="robosuite/0", instruction="lift the cube", initial_state="seed:0", max_ticks=1)
     rollout = Rollout(task=goal, purpose="train")
-    corrected = [Correction(share=0.2).pilot(arm, lift, rollout) is not None for _ in range(1000)]
+    corrected = [Correction(share=0.2).pilot(arm, rollout) is not None for _ in range(1000)]
     assert 120 < sum(corrected) < 280, "six standard deviations"
 
 
