@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from policy_server.vla.checkpoint import weights_fingerprint
+from policy_server.vla.checkpoint import weights_digests
 from policy_server.vla.config import VLAConfig
 from policy_server.vla.decoding import decode
 from policy_server.vla.derived import as_served
@@ -235,6 +235,7 @@ def sampled_trajectories(
 def _publishing_s(model: VLA, dtype: str, probes: Sequence[Prepared]) -> float:
     """Weights are written, hashed as a file and as tensors, laid out and asked about probes, by either side."""
     ids_BN = np.full((len(probes), model.config.action_tokens), model.config.action_begin)
+    frozen = {name: "known" for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     def one_side() -> None:
         with TemporaryDirectory(prefix="plan-") as folder:
@@ -242,7 +243,7 @@ def _publishing_s(model: VLA, dtype: str, probes: Sequence[Prepared]) -> float:
             save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}, path)
             hashlib.sha256(path.read_bytes())
         served = as_served(model, dtype)
-        weights_fingerprint(served)
+        weights_digests(served, known=frozen)
         score(served, probes, ids_BN, 1.0)
 
     return SIDES * _wall_s(one_side)

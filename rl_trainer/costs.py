@@ -216,15 +216,30 @@ class Shapes:
         return self.trained * self.trained_width
 
 
-def shapes_of(config: VLAConfig, *, dtype: torch.dtype, lora_rank: int, rows: int, prompt_tokens: int) -> Shapes:
+def shapes_of(
+    config: VLAConfig,
+    *,
+    dtype: torch.dtype,
+    lora_rank: int,
+    rows: int,
+    prompt_tokens: int,
+    freeze_vision: bool = False,
+    recompute: bool = False,
+) -> Shapes:
     """Counted on the meta device; rows and prompt_tokens: those of a microbatch."""
     with torch.device("meta"):
         model = VLA(config).to("meta", dtype)
         numbers = sum(p.numel() for p in model.parameters())
         if lora_rank:
-            apply_lora(model, rank=lora_rank, alpha=1.0)
+            apply_lora(model, rank=lora_rank, alpha=1.0, vision=not freeze_vision)
+        elif freeze_vision:
+            model.freeze_vision()
         trained = [p for p in model.parameters() if p.requires_grad]
         saved = saved_bytes(model, rows=rows, prompt_tokens=prompt_tokens)
+        if recompute:  # the inputs of all blocks, and what one block keeps: at most a layer's share of it all
+            model.recompute_blocks()
+            inputs = saved_bytes(model, rows=rows, prompt_tokens=prompt_tokens)
+            saved = inputs + (saved - inputs) // config.llm.num_hidden_layers
     return Shapes(
         numbers=numbers,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),

@@ -7,6 +7,8 @@ import ctypes.util
 import os
 import re
 import subprocess
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +19,9 @@ MOST_EGL_DEVICES = 10
 """mujoco asks EGL for no more: a device beyond them cannot be chosen."""
 EGL_DRM_FILES = (0x3233, 0x3377)
 """EGL_DRM_DEVICE_FILE_EXT and EGL_DRM_RENDER_NODE_FILE_EXT, of the extensions of these names."""
+EGL_UUID = 0x335C
+"""EGL_DEVICE_UUID_EXT, of EGL_EXT_device_persistent_id."""
+UUID_BYTES = 16
 DRM = Path("/sys/class/drm")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -69,7 +74,8 @@ class Machine:
 
 def find_machine() -> Machine:
     """The host that this runs on."""
-    return Machine(memory_gb=memory_gb(), gpus=find_gpus(), egl=find_egl())
+    gpus = find_gpus()
+    return Machine(memory_gb=memory_gb(), gpus=gpus, egl=find_egl(gpus))
 
 
 def memory_gb() -> float:
@@ -108,14 +114,19 @@ def pci_address(text: str) -> str:
     return f"{int(domain, 16):04x}:{bus}:{slot}"
 
 
-def find_egl() -> tuple[EglDevice, ...]:
-    """The devices mujoco could render on through EGL, in its order; empty where EGL cannot list them."""
+def find_egl(gpus: Sequence[Gpu] = ()) -> tuple[EglDevice, ...]:
+    """The devices mujoco could render on through EGL, in its order; empty where EGL cannot list them.
+
+    A device is one of the GPUs by its UUID; where the driver gives none, or of no GPU, by its files in /dev/dri, which
+    a container may lack.
+    """
     library = ctypes.util.find_library("EGL")
     if library is None:
         return ()
     address_of = ctypes.CDLL(library).eglGetProcAddress
     address_of.restype, address_of.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
-    list_devices, string_of = address_of(b"eglQueryDevicesEXT"), address_of(b"eglQueryDeviceStringEXT")
+    named = (b"eglQueryDevicesEXT", b"eglQueryDeviceStringEXT", b"eglQueryDeviceBinaryEXT")
+    list_devices, string_of, binary_of = (address_of(name) for name in named)
     if not list_devices or not string_of:
         return ()
     handles, count = (ctypes.c_void_p * MOST_EGL_DEVICES)(), ctypes.c_int()
@@ -123,8 +134,21 @@ def find_egl() -> tuple[EglDevice, ...]:
     if not query(MOST_EGL_DEVICES, handles, ctypes.byref(count)):
         return ()
     string = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)(string_of)
-    files = [[string(handle, name) for name in EGL_DRM_FILES] for handle in handles[: count.value]]
-    return tuple(EglDevice(index=index, pci=pci_of_drm(named)) for index, named in enumerate(files))
+    pci_at = {gpu.uuid: gpu.pci for gpu in gpus}
+    found = []
+    for index, handle in enumerate(handles[: count.value]):
+        pci = pci_at.get(_egl_uuid(binary_of, handle)) if binary_of else None
+        found.append(EglDevice(index=index, pci=pci or pci_of_drm([string(handle, name) for name in EGL_DRM_FILES])))
+    return tuple(found)
+
+
+def _egl_uuid(binary_of: int, handle: int | None) -> str:
+    """As nvidia-smi writes it; empty where the device has none.  binary_of: address of eglQueryDeviceBinaryEXT."""
+    signature = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    binary = ctypes.CFUNCTYPE(ctypes.c_uint, *signature)(binary_of)
+    number, size = (ctypes.c_ubyte * UUID_BYTES)(), ctypes.c_int()
+    answered = binary(handle, EGL_UUID, UUID_BYTES, number, ctypes.byref(size))
+    return f"GPU-{uuid.UUID(bytes=bytes(number))}" if answered and size.value == UUID_BYTES else ""
 
 
 def pci_of_drm(files: list[bytes | None], drm: Path = DRM) -> str | None:

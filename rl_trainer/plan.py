@@ -88,6 +88,8 @@ def plan(config: PlanConfig) -> None:
         model,
         dtype=DTYPES[config.dtype],
         lora_rank=config.lora_rank,
+        freeze_vision=config.freeze_vision,
+        recompute=config.learner.recompute,
         rows=config.learner.microbatch,
         prompt_tokens=longest_prompt(model, Tokenizer.load(folder), instructions),
     )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from policy_server.vla.checkpoint import DTYPES, weights_fingerprint
+from policy_server.vla.checkpoint import DTYPES, fingerprint_of, weights_digests
 from policy_server.vla.checkpoint import WEIGHTS as TENSORS
 from policy_server.vla.derived import as_served
 from policy_server.vla.lora import CONFIG as ADAPTER_CONFIG
@@ -91,6 +91,7 @@ class Publisher:
         self._policy = policy_pb2_grpc.PolicyStub(self._channels[0])
         self._admin = admin_pb2_grpc.AdminStub(self._channels[1])
         self._dtype, self._tolerance = "", 0.0
+        self._frozen: dict[str, str] = {}  # digests of what is not trained
 
     def begin(self, version: int = 0) -> int:
         """Calibrates on a version of the server that is known to be the learner's model, and gives it.
@@ -104,13 +105,20 @@ class Publisher:
         self._base_fingerprint = spec.base_fingerprint
         self._probes = Probes(self.model, self._tokenizer, spec)
         theirs = self._fingerprint(version)
-        ours = {weights_fingerprint(self.model, dtype): dtype for dtype in DTYPES}
-        if theirs not in ours:
+        digests, ours = dict[str, str](), dict[str, str]()
+        for dtype in sorted(DTYPES, key=lambda name: DTYPES[name] != self.model.action_head.dtype):  # its own first
+            digests = weights_digests(self.model, dtype)
+            ours[dtype] = fingerprint_of(digests.values())
+            if ours[dtype] == theirs:
+                self._dtype = dtype
+                break
+        else:
             raise PublishMismatch(
                 f"version {version} of {self._address} is not the learner's model: its tensors hash to {theirs[:12]},"
-                f" the learner's to {' or '.join(f'{hash[:12]} in {dtype}' for hash, dtype in ours.items())}"
+                f" the learner's to {' or '.join(f'{hash[:12]} in {dtype}' for dtype, hash in ours.items())}"
             )
-        self._dtype = ours[theirs]
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        self._frozen = {name: digests[name] for name in frozen & digests.keys()}
         gap = self._gap(version, as_served(self.model, self._dtype))
         if gap > WIDEST_GAP[self._dtype]:
             raise PublishMismatch(
@@ -154,7 +162,8 @@ class Publisher:
     def prove(self, version: int) -> Proof:
         """That the version is what the learner holds now.  Raises PublishMismatch."""
         served = as_served(self.model, self._dtype)
-        ours, theirs = weights_fingerprint(served), self._fingerprint(version)
+        ours = fingerprint_of(weights_digests(served, known=self._frozen).values())
+        theirs = self._fingerprint(version)
         if ours != theirs:
             raise PublishMismatch(
                 f"version {version} of {self._address} is not what the learner holds: its tensors hash to"

@@ -16,6 +16,10 @@ from policy_server.vla.kv_cache import KVCache
 from policy_server.vla.low_rank import SideBySide, side_by_side
 from policy_server.vla.recompute import run
 
+# torch prefers cuDNN's attention on an H100, and with a mask that fails: addresses that are not aligned (a small model
+# here, pytorch issue 134001), NaN gradients where a row is 64 longer than a multiple of 128 (pytorch issue 196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:

@@ -12,6 +12,7 @@ from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.config import TOWERS, LlamaConfig, VLAConfig, nano_config
 from rl_trainer.costs import (
     GIB,
+    MASTER_BYTES,
     Host,
     Need,
     Phases,
@@ -160,6 +161,22 @@ def test_what_autograd_keeps_is_proportional_to_the_microbatch_and_the_same_with
     twice = shapes_of(model.config, dtype=torch.float32, lora_rank=0, rows=16, prompt_tokens=12).saved_bytes
     assert planned == pytest.approx(real, rel=0.15)
     assert twice == pytest.approx(2 * planned, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "recompute", "measured_gb"), [(8, False, 27.4), (32, True, 20.8)])
+def test_a_7b_learner_needs_what_an_h100_has_seen(rows: int, recompute: bool, measured_gb: float) -> None:
+    """An adapter of rank 32 on the decoder, bfloat16 (benchmarks/FIGURES.md); within 15 %, and never far below."""
+    options = {"freeze_vision": True, "recompute": recompute, "prompt_tokens": 25}
+    shapes = shapes_of(openvla_7b(), dtype=torch.bfloat16, lora_rank=32, rows=rows, **options)
+    passing_gb = (shapes.weights_bytes + MASTER_BYTES * shapes.trained + shapes.saved_bytes) / GIB
+    assert 0.95 * measured_gb < passing_gb < 1.15 * measured_gb
+
+
+def test_frozen_vision_keeps_nothing_for_the_backward_pass(tiny_vla: Path) -> None:
+    config = load_checkpoint(tiny_vla).model.config
+    rows = {"dtype": torch.float32, "lora_rank": 0, "rows": 8, "prompt_tokens": 12}
+    whole, frozen = (shapes_of(config, freeze_vision=freeze, **rows) for freeze in (False, True))
+    assert frozen.saved_bytes < whole.saved_bytes and frozen.trained < whole.trained
 
 
 def test_a_run_leaves_episodes_versions_a_state_and_a_model_on_disk() -> None:

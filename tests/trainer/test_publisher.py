@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from policy_server.observation import Observed
 from policy_server.preparer import Preparer
 from policy_server.version_store import Kind, VersionStore
-from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
+from policy_server.vla import checkpoint
+from policy_server.vla.checkpoint import Checkpoint, digest, load_checkpoint, weights_fingerprint
 from policy_server.vla.lora import apply_lora, save_lora
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel, Weights
@@ -71,8 +72,8 @@ def publishing(server: RunningServer, learner: Checkpoint, **options) -> Iterato
         publisher.close()
 
 
-def learner_of(checkpoint: Path, kind: str, *, dtype: str = "float32") -> Checkpoint:
-    learner = load_checkpoint(checkpoint, dtype=dtype)
+def learner_of(model: Path, kind: str, *, dtype: str = "float32") -> Checkpoint:
+    learner = load_checkpoint(model, dtype=dtype)
     if kind == "lora":
         apply_lora(learner.model, rank=4, alpha=8)
     return learner
@@ -106,6 +107,23 @@ def test_what_a_learner_publishes_is_proved_and_goes_live(tiny_vla, kind, serves
             assert publisher.proof.version == version and publisher.proof.gap <= publisher.proof.tolerance
             assert publisher.proof.fingerprint == weights_fingerprint(learner.model, serves)
     assert learner.model.training
+
+
+def test_what_is_not_trained_is_hashed_once(tiny_vla, monkeypatch):
+    """Of a 7B model under an adapter that is nearly everything, after every iteration."""
+    read = list[str]()
+    monkeypatch.setattr(checkpoint, "digest", lambda name, tensor: read.append(name) or digest(name, tensor))
+    learner = learner_of(tiny_vla, "lora")
+    frozen = {name for name, parameter in learner.model.named_parameters() if not parameter.requires_grad}
+    with served(tiny_vla) as server, publishing(server, learner) as publisher:
+        read.clear()
+        publisher.begin()
+        assert frozen <= {*read}
+        learn(learner)
+        read.clear()
+        publisher.publish(0)
+        assert read and not frozen & {*read}
+        assert publisher.proof.fingerprint == weights_fingerprint(learner.model, "float32")
 
 
 def test_a_resumed_learner_begins_at_the_version_it_published(tiny_vla):

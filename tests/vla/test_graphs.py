@@ -146,3 +146,7 @@ def test_row_by_row_a_pass_is_bitwise_the_same_for_any_neighbours(base, nano, ad
         assert len(answers) == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_attention_is_not_left_to_cudnn():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it fails with masks, see llama.py
