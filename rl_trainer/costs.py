@@ -153,7 +153,7 @@ class Schedule:
 def phases(schedule: Schedule, prices: Prices, host: Host) -> Phases:
     """How long each phase takes."""
     decisions, chunk = schedule.decisions, schedule.chunk
-    read_s = prices.slowdown * decisions * prices.prepare_s
+    read_s = prices.slowdown * decisions * prices.prepare_s / host.cores
     practice_s = collecting_s(schedule.rollouts, schedule.ticks, prices.practice_frame_s, prices, host, chunk=chunk)
     evaluate_s = collecting_s(schedule.evaluated, schedule.ticks, prices.evaluation_frame_s, prices, host, chunk=chunk)
     builds = host.processes * schedule.tasks

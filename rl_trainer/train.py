@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
@@ -354,23 +355,32 @@ class Run:
     def _trajectories(self, finished: Sequence[Finished]) -> list[Trajectory]:
         """What may be learned from; tells the curriculum how it went, and counts."""
         trajectories, refused = list[Trajectory](), Counter[str]()
-        for item in finished:
-            if item.episode is None:
-                refused["error"] += 1
-                continue
-            self.curriculum.observe(item.rollout.task, item.rollout.initial_state, item.success)
-            self.state.counts["environment_steps"] += len(item.episode.ticks)
-            self.state.counts["decisions"] += len(item.episode.decisions)
-            self.state.counts["episodes"] += 1
-            try:
-                trajectories += self.reader.read(item.episode)
-            except RefusedEpisode as error:
-                refused[error.reason] += 1
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # images, most of it, do not hold Python's lock
+            read = list(pool.map(self._read, finished))
+        for item, found in zip(finished, read, strict=True):
+            if item.episode is not None:
+                self.curriculum.observe(item.rollout.task, item.rollout.initial_state, item.success)
+                self.state.counts["environment_steps"] += len(item.episode.ticks)
+                self.state.counts["decisions"] += len(item.episode.decisions)
+                self.state.counts["episodes"] += 1
+            if isinstance(found, str):
+                refused[found] += 1
+            else:
+                trajectories += found
         if refused:
             self._tell(lambda o: o.on_note(f"not learned from: {dict(refused)}"))
         if not trajectories:
             raise RuntimeError(f"no episode of the iteration can be learned from: {dict(refused)}")
         return trajectories
+
+    def _read(self, item: Finished) -> list[Trajectory] | str:
+        """An episode's trajectories, or why nothing can be learned from it."""
+        if item.episode is None:
+            return "error"
+        try:
+            return self.reader.read(item.episode)
+        except RefusedEpisode as error:
+            return error.reason
 
     def _save(self) -> None:
         """The checkpoint, then the cursor: the server may delete what the checkpoint has taken in."""

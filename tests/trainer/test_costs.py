@@ -87,7 +87,7 @@ def test_collecting_takes_the_cpu_seconds_of_all_parts_over_the_cores() -> None:
 
 def test_phases_are_sums_over_decisions_and_episodes() -> None:
     found = phases(SCHEDULE, PRICES, HOST)
-    assert found.collect_s == pytest.approx(9.6 + 100 * 0.006)  # the learner reads what was collected
+    assert found.collect_s == pytest.approx(9.6 + 100 * 0.006 / 2)  # both cores read what was collected
     assert (found.learn_s, found.warm_learn_s, found.publish_s) == pytest.approx((3.0, 1.0, 0.5))
     # Evaluations are drawn in full: 2 s and 1.12 * 20 s of simulators; b = 0.24 / 0.18.
     assert found.evaluate_s == pytest.approx((24.4 + 100 * (1.08 * (0.09 + 0.01) + 0.006)) / 2)
