@@ -2,8 +2,9 @@
 #   make serve [ARGS="--model DIR ..."]   the policy server on the embedded default model, and its page
 #   make test                             the whole test suite
 #   make demo                             server + simulated arm + a picture of what it does
+#   make install                          what serves, simulates and trains, for README's other commands
 #   make check                            lint, format, types, import contracts, generated code
-#   make nano                             the embedded default model again, from nothing, in two and a half hours
+#   make nano                             the embedded default model again, from nothing, in two hours
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -14,6 +15,8 @@ LIBERO := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 
 serve: .venv/server.done
 	$(BIN)/python -m policy_server serve --http-port 8080 $(ARGS)
+
+install: .venv/trainer.done
 
 test: .venv/dev.done
 	$(BIN)/python -m pytest $(ARGS)
@@ -80,8 +83,12 @@ protos: .venv/protoc.done
 	$(BIN)/python -m pip install --quiet --no-deps $(LIBERO)
 	@touch $@
 
-.venv/dev.done: .venv/sim.done | libusb chromium
-	$(BIN)/python -m pip install --quiet -e '.[trainer,quantized,dev,export,franka,gamepad,openpi,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
+.venv/trainer.done: .venv/sim.done
+	$(BIN)/python -m pip install --quiet -e '.[trainer,export]'
+	@touch $@
+
+.venv/dev.done: .venv/trainer.done | libusb chromium
+	$(BIN)/python -m pip install --quiet -e '.[quantized,dev,franka,gamepad,openpi,realsense,serial-stop,so100,spacemouse,ur,uvc,view,xarm]'
 	@touch $@
 
 .venv/protoc.done:
@@ -110,4 +117,4 @@ chromium:
 	-@[ "$$(uname)" != Linux ] || command -v chromium >/dev/null || $(call install,chromium) \
 	  || echo "chromium is missing: the live page is not tested"
 
-.PHONY: serve test demo check nano protos osmesa libusb chromium
+.PHONY: serve install test demo check nano protos osmesa libusb chromium

@@ -30,7 +30,6 @@ from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.scoring import score
-from policy_server.vla.tokenizer import Tokenizer
 from rl_trainer.costs import MOST_REQUESTS, Prices
 from rl_trainer.placement import Placement
 from rl_trainer.ranks import launched
@@ -125,7 +124,8 @@ def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
         learner, checkpoint = make_learner(config, ranks)
         load_s = time.perf_counter() - began_s
         count = MINIBATCHES * config.learner.minibatch
-        prepare = _Preparing(checkpoint.config, checkpoint.tokenizer, instructions)
+        reads = Preprocessor(checkpoint.config, checkpoint.tokenizer, unnorm_key=config.unnorm_key)
+        prepare = _Preparing(reads, checkpoint.config, instructions)
         prepare_s, observations = prepare(count)
         trajectories = sampled_trajectories(
             learner.model, observations, temperature=config.temperature, per_trajectory=config.learner.minibatch
@@ -157,6 +157,7 @@ def _time_decoding(config: TrainConfig, observations: Sequence[Prepared]) -> tup
     cuda = config.device != "cpu" and torch.cuda.is_available()
     policy = Policy.load(
         config.model,
+        unnorm_key=config.unnorm_key,
         device="cuda" if cuda else "cpu",
         dtype="bfloat16" if cuda else "float32",
         deterministic_batch=MOST_REQUESTS if config.deterministic else None,
@@ -177,9 +178,8 @@ def _time_decoding(config: TrainConfig, observations: Sequence[Prepared]) -> tup
 class _Preparing:
     """Noise of the sizes that the policy asks for, under the suite's own instructions."""
 
-    def __init__(self, config: VLAConfig, tokenizer: Tokenizer, instructions: Sequence[str]):
-        self._config, self._instructions = config, instructions
-        self._preprocessor = Preprocessor(config, tokenizer)
+    def __init__(self, preprocessor: Preprocessor, config: VLAConfig, instructions: Sequence[str]):
+        self._config, self._instructions, self._preprocessor = config, instructions, preprocessor
 
     def __call__(self, count: int) -> tuple[float, list[Prepared]]:
         """CPU seconds of one, and so many."""

@@ -167,6 +167,7 @@ def started_here(
     out: Path,
     *,
     model: str,
+    unnorm_key: str | None,
     suite: str,
     slots: int,
     coarse_practice: bool,
@@ -180,6 +181,7 @@ def started_here(
     server, (tokens, shown) = f"127.0.0.1:{port}", own_tokens(out / "access")
     serve = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
     serve += ["--episodes", str(out / "episodes"), "--max-wait-ms", str(BATCH_WAIT_MS), "--tokens", str(tokens)]
+    serve += ["--unnorm-key", unnorm_key] if unnorm_key is not None else []
     serve += ["--deterministic"] if deterministic else []
     work = ["sim", "worker", "--server", server, "--suites", suite, "--slots", str(slots), *shown["robot"].flags]
     work += ["--memory-gb", f"{placement.worker_gb:.2f}", *(["--coarse-practice"] if coarse_practice else [])]

@@ -91,7 +91,9 @@ def plan(config: PlanConfig) -> None:
         freeze_vision=config.freeze_vision,
         recompute=config.learner.recompute,
         rows=config.learner.microbatch,
-        prompt_tokens=longest_prompt(model, Tokenizer.load(folder), instructions),
+        prompt_tokens=longest_prompt(
+            Preprocessor(model, Tokenizer.load(folder), unnorm_key=config.unnorm_key), instructions
+        ),
     )
     needs = Needs(config, model, shapes, schedule, placement)
     require(refusal(needs.computing()))
@@ -128,10 +130,9 @@ def schedule_of(config: PlanConfig, model: VLAConfig, listed: Mapping) -> Schedu
     )
 
 
-def longest_prompt(model: VLAConfig, tokenizer: Tokenizer, instructions: Sequence[str]) -> int:
+def longest_prompt(preprocessor: Preprocessor, instructions: Sequence[str]) -> int:
     """Tokens of the longest prompt, to which a batch is padded."""
-    prompts = Preprocessor(model, tokenizer)
-    return max(len(prompts.prompt_ids(instruction)) for instruction in instructions)
+    return max(len(preprocessor.prompt_ids(instruction)) for instruction in instructions)
 
 
 class Needs:

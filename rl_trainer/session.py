@@ -106,10 +106,11 @@ class SessionRun:
             credentials=server.credentials,
             admin_credentials=server.admin_credentials,
         )
-        self.reader = TrajectoryReader(self.checkpoint.config, self.checkpoint.tokenizer)
+        reads = (self.checkpoint.config, self.checkpoint.tokenizer)
+        self.reader = TrajectoryReader(*reads, unnorm_key=config.unnorm_key)
         self.reward = None
         if config.reward_model is not None:
-            self.reward = load_reward_model(config.reward_model, self.checkpoint.config, self.checkpoint.tokenizer)
+            self.reward = load_reward_model(config.reward_model, *reads, unnorm_key=config.unnorm_key)
         self.curriculum = None
         if config.suite:
             cells = cells_of(catalogue(config.suite), config.tasks, config.split)

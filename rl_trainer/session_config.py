@@ -68,6 +68,8 @@ class SessionConfig:
     """go on from --out"""
     model: str = "nano"
     """what the server serves: nano, or a checkpoint's folder or hub id"""
+    unnorm_key: str | None = None
+    """its entry of norm_stats; needed when it has several"""
     adapter: Path | None = None
     """of --base-version, where that is an adapter"""
     base_version: int = 0

@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> None:
                     placement,
                     config.out,
                     model=config.model,
+                    unnorm_key=config.unnorm_key,
                     suite=config.suite,
                     slots=config.slots,
                     coarse_practice=config.coarse_practice,
@@ -127,7 +128,7 @@ def reward_of(config: TrainConfig, checkpoint: Checkpoint) -> RewardModel | None
     """What judges the policy's observations, where the run has such a model."""
     if config.reward_model is None:
         return None
-    return load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer)
+    return load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer, unnorm_key=config.unnorm_key)
 
 
 def compute_device(asked: str) -> str:
@@ -165,7 +166,7 @@ class Run:
         if config.evaluate_every and (shared := {*self.curriculum.cells} & {*self.held_out}):
             raise ValueError(f"split and evaluate_split must not share states, both have {sorted(shared)[0]}")
         self.instructions = {task: listed["tasks"][task] for task, _ in [*self.curriculum.cells, *self.held_out]}
-        self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer)
+        self.reader = TrajectoryReader(checkpoint.config, checkpoint.tokenizer, unnorm_key=config.unnorm_key)
         self.reward = reward_of(config, checkpoint)
         self.alarm = RewardAlarm(config.alarm)
         self.state = TrainState.fresh(config.out.name)

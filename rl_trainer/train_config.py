@@ -35,6 +35,8 @@ class TrainConfig:
     """initial states to practise on"""
     model: str = "nano"
     """the policy to begin with: nano, or a checkpoint's folder or hub id; a server that is given must serve it"""
+    unnorm_key: str | None = None
+    """its entry of norm_stats; needed when it has several"""
     server: str = ""
     """HOST:PORT of a running policy server with workers of its own; none given: both are started here"""
     admin: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ ROLLOUTS, HELD_OUT = 3, 2
 
 
 @contextmanager
-def practice(model: Path, folder: Path) -> Iterator[RunningServer]:
-    policy = VlaModel(Policy.load(model), name="tiny", max_batch=8)
+def practice(model: Path, folder: Path, unnorm_key: str | None = None) -> Iterator[RunningServer]:
+    policy = VlaModel(Policy.load(model, unnorm_key=unnorm_key), name="tiny", max_batch=8)
     store = VersionStore(None, first=policy.fingerprint(policy.first))
     with (
         serving(policy, max_batch=8, queue=64, versions=store, admin_port=0, episodes=folder) as server,
@@ -56,7 +57,7 @@ def config_of(folder: Path, model: Path, server: str, admin: str, **changes) -> 
 
 def run(folder: Path, model: Path, **changes) -> tuple[list[dict], dict[str, list[Episode]]]:
     """The rows of the curve, and the episodes by the name that their rollouts have in the run."""
-    with practice(model, folder / "episodes") as server:
+    with practice(model, folder / "episodes", changes.get("unnorm_key")) as server:
         train(config_of(folder, model, server.address, server.admin_address, **changes))
     rows = [json.loads(line) for line in (folder / "run" / "curve.jsonl").read_text().splitlines()]
     return rows, episodes_of(folder / "episodes")
@@ -77,6 +78,19 @@ def versions(episodes: list[Episode]) -> set[int]:
 
 def states(*episodes: list[Episode]) -> set[str]:
     return {episode.start.initial_state for some in episodes for episode in some}
+
+
+def test_of_several_statistics_the_named_ones_are_trained_with(tiny_vla: Path, tmp_path: Path) -> None:
+    """As behind OpenVLA's own checkpoint, and whatever `sft` makes of it."""
+    both = shutil.copytree(tiny_vla, tmp_path / "both")
+    config = json.loads((both / "config.json").read_text())
+    config["norm_stats"]["other"] = config["norm_stats"]["tiny"]
+    (both / "config.json").write_text(json.dumps(config))
+    rows, found = run(tmp_path, both, iterations=1, evaluate_every=0, unnorm_key="other")
+    assert {episode.start.unnorm_key for episode in found["0"]} == {"other"}
+    assert rows[0]["optimiser_steps"] > 0
+    with pytest.raises(ValueError, match="name one of"):
+        run(tmp_path / "unnamed", both, iterations=1)
 
 
 def test_a_run_practises_with_what_it_published_and_measures_greedily_on_other_states(
