@@ -28,6 +28,7 @@ from rl_trainer.batching import Batch, Prompter, minibatches
 from rl_trainer.critic import CriticKind, critic_of
 from rl_trainer.lessons import Lesson
 from rl_trainer.loss import (
+    MAX_LOG_RATIO,
     Counts,
     Loss,
     LossConfig,
@@ -90,7 +91,8 @@ class LearnerConfig:
     keep_images: bool = True
     """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
     target_kl: float = 0.05
-    """no further step in this iteration once a minibatch's divergence from the behaviour policy exceeds it; 0: never"""
+    """no further step in this iteration once a minibatch's divergence from the policy that ratios are to exceeds it;
+    0: never"""
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     normalise: bool = True
@@ -424,6 +426,7 @@ class Learner:
             config=config.loss,
             counts=counts,
             action_dim=self.model.config.action_dim,
+            found_BN=looked.policy.logprobs_BN[part].to(device),
             entropy_BN=policy.entropy_BN,
             divergence_BN=policy.divergence_BN,
         )
@@ -513,11 +516,14 @@ def _optimizer(
 def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version: int) -> dict[str, float]:
     """What the batch says about critic and server before anything was learned from it."""
     spread, mine = float(target_n.var()), torch.from_numpy(batch.version_n == version)
-    gap = (looked.policy.logprobs_BN - batch.behaviour_nN)[mine][batch.mask_nN[mine]].abs()
+    log_ratio = looked.policy.logprobs_BN - batch.behaviour_nN
+    gap = log_ratio[mine][batch.mask_nN[mine]].abs()
     return {
         "value": float(looked.values_n.mean()),
         "entropy": float(looked.policy.entropy_BN[batch.mask_nN].mean()),
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
         # Overlapped episodes are all of an older version: then nothing was compared.
         "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
+        # KL(who played | found) of a token, by k3 as in ppo_loss().
+        "staleness_kl": float((log_ratio.clamp(max=MAX_LOG_RATIO).exp() - 1 - log_ratio)[batch.mask_nN].mean()),
     }

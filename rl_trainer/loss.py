@@ -29,6 +29,9 @@ class LossConfig:
     """a ratio below 1 - clip_low earns nothing more"""
     clip_high: float = 0.2
     """a ratio above 1 + clip_high earns nothing more"""
+    behaviour_cap: float = 0.0
+    """above 0, for episodes of older policies: ratios are to the policy as the update finds it, and each counts by how
+    much likelier that one is to do the same than who played was, at most so many times; 0: ratios to who played"""
     value_clip: float = 0.2
     """how far a value may move from the recorded one; 0 for any distance"""
     entropy_weight: float = 0.0
@@ -41,7 +44,7 @@ class LossConfig:
             raise ValueError(
                 f"clip_low must be in (0, 1) and clip_high above 0, got {self.clip_low} and {self.clip_high}"
             )
-        for name in ("value_clip", "entropy_weight", "reference_weight"):
+        for name in ("behaviour_cap", "value_clip", "entropy_weight", "reference_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
@@ -110,27 +113,39 @@ def ppo_loss(
     config: LossConfig,
     counts: Counts,
     action_dim: int,
+    found_BN: torch.Tensor | None = None,
     entropy_BN: torch.Tensor | None = None,
     divergence_BN: torch.Tensor | None = None,
 ) -> Loss:
     """The clipped surrogate (Schulman et al., 2017), with its entropy and reference terms where those are given.
 
-    divergence_BN: token_divergence() from the reference policy.
     behaviour_BN: log-probabilities recorded when the tokens were sampled.  Every unit of a decision has its advantage.
+    found_BN: those of the policy as the update found it, with behaviour_cap: the surrogate is then the decoupled one
+    (Hilton et al., 2021, Batch size-invariance for policy optimization), with importance weights that are cut off.
+    divergence_BN: token_divergence() from the reference policy.
     """
     width, units = (action_dim, counts.ticks) if config.ratio == "action" else (1, counts.tokens)
-    difference_BN = torch.where(mask_BN, logprobs_BN - behaviour_BN, 0.0)
-    log_ratio_BU = difference_BN.unflatten(1, (-1, width)).sum(-1).clamp(max=MAX_LOG_RATIO)
+
+    def log_ratio(new_BN: torch.Tensor, old_BN: torch.Tensor) -> torch.Tensor:
+        difference_BN = torch.where(mask_BN, new_BN - old_BN, 0.0)
+        return difference_BN.unflatten(1, (-1, width)).sum(-1).clamp(max=MAX_LOG_RATIO)
+
     scored_BU = mask_BN.unflatten(1, (-1, width)).any(-1)
+    weighted_BU = advantage_B[:, None].expand(scored_BU.shape)
+    old_BN = behaviour_BN
+    if config.behaviour_cap and found_BN is not None:
+        old_BN = found_BN
+        weighted_BU = weighted_BU * log_ratio(found_BN, behaviour_BN).exp().clamp(max=config.behaviour_cap)
+    log_ratio_BU = log_ratio(logprobs_BN, old_BN)
     ratio_BU = log_ratio_BU.exp()
     # min(r A, clip(r, 1 - low, 1 + high) A)
-    free_BU = ratio_BU * advantage_B[:, None]
-    clipped_BU = ratio_BU.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage_B[:, None]
+    free_BU = ratio_BU * weighted_BU
+    clipped_BU = ratio_BU.clamp(1 - config.clip_low, 1 + config.clip_high) * weighted_BU
     total = -_mean(torch.minimum(free_BU, clipped_BU), scored_BU, units)
     metrics = {
         "policy_loss": total,
         "ratio": _mean(ratio_BU, scored_BU, units),
-        # KL(behaviour | now), estimated by r - 1 - log r (Schulman, 2020: k3)
+        # KL(old | now), estimated by r - 1 - log r (Schulman, 2020: k3)
         "approx_kl": _mean(ratio_BU - 1 - log_ratio_BU, scored_BU, units),
         "clip_fraction": _mean((clipped_BU < free_BU).float(), scored_BU, units),
     }

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
+from policy_server.vla.derived import sharing
 from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors, merge_lora, save_lora
 from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode
@@ -70,6 +71,8 @@ class SessionState:
     """of the last one that was taken in"""
     candidate: int | None = None
     """offered, or about to be; its verdict is not known yet"""
+    fingerprint: str = ""
+    """of the candidate, as it was proved"""
     pool: dict[str, int] = field(default_factory=dict)
     """number of an episode that may be learned from -> updates that it had part in"""
     seconds: float = 0.0
@@ -107,7 +110,7 @@ class SessionRun:
             admin_credentials=server.admin_credentials,
         )
         reads = (self.checkpoint.config, self.checkpoint.tokenizer)
-        self.reader = TrajectoryReader(*reads, unnorm_key=config.unnorm_key)
+        self.reader = TrajectoryReader(*reads, unnorm_key=config.unnorm_key, limit_ends=True)  # as the gate counts
         self.reward = None
         if config.reward_model is not None:
             self.reward = load_reward_model(config.reward_model, *reads, unnorm_key=config.unnorm_key)
@@ -148,14 +151,20 @@ class SessionRun:
         self.client.keep_after(self.name, self.state.cursor, leave=True)
 
     def step(self) -> bool:
-        """Looks at the session and does what is due; False when it is over."""
-        session = self.client.get(self.name)
+        """Looks at the session and does what is due; False when it is over.
+
+        When the budget is spent, workers go on until what is on trial has its verdict; robots are not waited for.
+        """
+        session, over = self.client.get(self.name), self.is_over
         self._heed(session)
-        if session.state == session_pb2.SESSION_STATE_STOPPED or self.is_over:
+        awaited = self.state.candidate is not None and self.curriculum is not None
+        if session.state == session_pb2.SESSION_STATE_STOPPED or (over and not awaited):
             return False
         if session.state == session_pb2.SESSION_STATE_RUNNING:
             self._ask_for_practice()
             self._take_in()
+            if over:
+                return True
             if self._new >= self.config.update_every:
                 self.improve()
             if self.state.candidate is None and self.state.version == UNNAMED:
@@ -238,6 +247,8 @@ class SessionRun:
         state = self.state
         note = f"session {self.name} {state.counts['updates']}"
         state.version = state.candidate = self.publisher.publish(state.live, note=note, live=False)
+        assert self.publisher.proof is not None
+        state.fingerprint = self.publisher.proof.fingerprint
         self._keep_weights(state.version)
         self._save()
         self._offer()
@@ -247,20 +258,12 @@ class SessionRun:
         if self.state.candidate is None:
             return
         try:
-            reply = self.client.offer(self.name, self.state.candidate, self._fingerprint())
+            reply = self.client.offer(self.name, self.state.candidate, self.state.fingerprint)
         except ValueError as error:  # paused or stopped meanwhile
             print(f"version {self.state.candidate} is not offered: {error}", flush=True)
             return
         became = "on trial" if reply.accepted else "refused"
         print(f"version {self.state.candidate} is {became}: {reply.reason}", flush=True)
-
-    def _fingerprint(self) -> str:
-        """Of the candidate, as it was proved; anew where another life of this trainer did that."""
-        proof, version = self.publisher.proof, self.state.candidate
-        assert version is not None
-        if proof is None or proof.version != version:
-            proof = self.publisher.prove(version)
-        return proof.fingerprint
 
     def _take_in(self) -> None:
         """Episodes that have ended since."""
@@ -370,22 +373,19 @@ class SessionRun:
 
 def make_learner(config: SessionConfig) -> tuple[Learner, Checkpoint]:
     """An adapter to be trained, equal to the base version."""
-    device = compute_device(config.device)
-
-    def loaded() -> Checkpoint:
-        checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
-        if config.adapter is not None:
-            load_lora(checkpoint.model, config.adapter)
-        return checkpoint
-
-    checkpoint, reference = loaded(), None
-    if config.learner.loss.reference_weight:
-        reference = loaded().model
-        if config.adapter is not None:
-            merge_lora(reference)
+    how = {"dtype": config.dtype, "device": compute_device(config.device)}
+    checkpoint, reference = load_checkpoint(config.model, **how), None
     if config.adapter is None:
+        if config.learner.loss.reference_weight:
+            reference = sharing(checkpoint.model, checkpoint.model.state_dict())
         torch.manual_seed(config.seed)
         apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+    else:
+        load_lora(checkpoint.model, config.adapter)
+        if config.learner.loss.reference_weight:
+            reference = load_checkpoint(config.model, **how).model
+            load_lora(reference, config.adapter)
+            merge_lora(reference)
     learner = Learner(checkpoint.model, config.learner, reference=reference, seed=config.seed)
     if config.critic is not None:
         _, tensors = load_state(config.critic)

@@ -90,8 +90,8 @@ class SessionConfig:
     """decisions of each kind that are remembered, to be imitated"""
     temperature: float = 0.5
     """of the session's episodes"""
-    noise_correlation: float = 0.0
-    """of their noise, between the ticks of a chunk, in [0, 1)"""
+    noise_correlation: float = 0.9
+    """of their noise, between the ticks of a chunk, in [0, 1): noise of each tick's own averages out along the chunk"""
     gate: GateConfig = field(default_factory=GateConfig)
     suite: str = ""
     """also give workers (`python -m sim worker`) practice of this suite; none given: robots choose what they do"""
@@ -104,18 +104,19 @@ class SessionConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
-            learning_rate=1e-4,
-            warm_up=1,
+            learning_rate=3e-4,
+            warm_up=3,
             gamma=0.998,
-            lambda_=0.8,
+            lambda_=0.6,
             critic_learning_rate=1e-3,
             critic_epochs=8,
-            minibatch=128,
-            target_kl=0.3,  # from those who played, who may be some updates behind
+            minibatch=256,
+            target_kl=0.1,
             lessons=64,
-            success_weight=0.3,
+            success_weight=0.1,
             intervention_weight=1.0,
-            loss=LossConfig(reference_weight=0.02),
+            # Who played may be some updates behind; a critic that begins at 0 has far to go.
+            loss=LossConfig(behaviour_cap=2.0, value_clip=0.0, reference_weight=0.02),
         )
     )
     critic: Path | None = None

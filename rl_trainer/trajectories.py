@@ -136,10 +136,16 @@ def _scorable(tick: episode_pb2.Tick, refused: set[int]) -> bool:
 
 
 class TrajectoryReader:
-    """Reads episodes with the eyes of one model.  Raises UnknownStatistics when it has none of that name."""
+    """Reads episodes with the eyes of one model.  Raises UnknownStatistics when it has none of that name.
 
-    def __init__(self, config: VLAConfig, tokenizer: Tokenizer, *, unnorm_key: str | None = None):
-        self._config = config
+    limit_ends: what is asked for is success in time, so that an episode which ran out of it has failed for good; else
+    it was truncated, and might have come to success.
+    """
+
+    def __init__(
+        self, config: VLAConfig, tokenizer: Tokenizer, *, unnorm_key: str | None = None, limit_ends: bool = False
+    ):
+        self._config, self._limit_ends = config, limit_ends
         self._unnorm_key = statistics_key(config, unnorm_key)
         self._preprocessor = Preprocessor(config, tokenizer, unnorm_key=self._unnorm_key)
         self.action_tokens = ActionTokens(config, self._unnorm_key)
@@ -208,7 +214,8 @@ class TrajectoryReader:
         )
 
     def _final(self, episode: Episode) -> Prepared | None:
-        return None if episode.end.terminal else self.prepared(episode.end.final_observation, "final_observation")
+        ended = episode.end.terminal or self._limit_ends
+        return None if ended else self.prepared(episode.end.final_observation, "final_observation")
 
     def _next(self, episode: Episode, decision: int) -> Prepared:
         """The observation of the first decision that was answered after this one."""

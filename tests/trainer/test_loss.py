@@ -36,7 +36,7 @@ def loss(log_ratio: list, advantage: list, mask: torch.Tensor | None = None, **o
     """Of decisions whose tokens had log-probability -1 and now have -1 + log_ratio."""
     difference_BN = torch.tensor(log_ratio, dtype=torch.float64)
     mask = torch.ones_like(difference_BN, dtype=torch.bool) if mask is None else mask
-    extra = {name: options.pop(name) for name in ("entropy_BN", "divergence_BN") if name in options}
+    extra = {name: options.pop(name) for name in ("found_BN", "entropy_BN", "divergence_BN") if name in options}
     return ppo_loss(
         difference_BN - 1,
         torch.full_like(difference_BN, -1),
@@ -95,6 +95,18 @@ def test_the_clip_holds_on_both_sides(ratio: float, advantage: float, expected: 
     [gradient] = torch.autograd.grad(result.total, log_ratio)
     expected_gradient = 0.0 if clipped else -ratio * advantage / 2
     torch.testing.assert_close(gradient, torch.full_like(gradient, expected_gradient))
+
+
+def test_of_older_policies_the_clip_is_around_the_one_that_was_found_and_who_played_is_a_weight() -> None:
+    """Found to played 0.5, and 3, cut off at 2; now to found 1.5, clipped to 1.2, and 1.1: an update can go on."""
+    found_BN = torch.tensor([logs(0.5, 1.0, 3.0, 1.0)], dtype=torch.float64) - 1
+    now = logs(0.5 * 1.5, 1.0, 3.0 * 1.1, 1.0)
+    result = loss([now], [2.0], found_BN=found_BN, behaviour_cap=2.0)
+    assert float(result.total) == pytest.approx(-(0.5 * 1.2 + 2 * 1.1) * 2.0 / 2)
+    assert float(result.metrics["ratio"]) == pytest.approx(1.3)
+    assert float(result.metrics["approx_kl"]) == pytest.approx((1.5 - 1 - math.log(1.5) + 1.1 - 1 - math.log(1.1)) / 2)
+    plain = loss([now], [2.0], found_BN=found_BN)
+    assert float(plain.total) == pytest.approx(-(0.75 + 1.2) * 2.0 / 2), "off by default: ratios to who played"
 
 
 def test_the_divergence_is_estimated_from_the_ratio() -> None:

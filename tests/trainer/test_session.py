@@ -25,7 +25,7 @@ from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
-from rl_trainer.session import STATE, SessionRun, train_session
+from rl_trainer.session import STATE, VERDICTS, SessionRun, train_session
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_commands import Export, List, Rollback, Show
 from rl_trainer.session_config import At, GateConfig, SessionConfig
@@ -136,6 +136,17 @@ def test_a_candidate_outside_the_envelope_is_seen_by_no_robot(tiny_vla: Path, tm
         train_session(config_of(tmp_path, tiny_vla, server, gate=gate, budget_episodes=20))
     assert {event["what"] for event in log_of(tmp_path)} == {"refuse"}
     assert {episode.start.version for episode in episodes_of(tmp_path)} == {0}
+
+
+def test_workers_go_on_until_what_is_on_trial_has_its_verdict(tiny_vla: Path, tmp_path: Path) -> None:
+    """The budget is spent in the middle of a trial; there is no update more, and no other candidate."""
+    with lab(tiny_vla, tmp_path) as server:
+        config = config_of(tmp_path, tiny_vla, server, budget_episodes=8)
+        train_session(config)
+        [offered] = [event for event in log_of(tmp_path) if event["what"] == "offer"]
+    verdicts = [event for event in log_of(tmp_path) if event["what"] in VERDICTS]
+    assert [event["version"] for event in verdicts] == [offered["version"]]
+    assert len((config.out / "curve.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path: Path) -> None:

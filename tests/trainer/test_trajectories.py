@@ -25,9 +25,15 @@ def config(tiny_vla: Path) -> VLAConfig:
 @pytest.fixture
 def read(tmp_path: Path, tiny_vla: Path, config: VLAConfig):
     """Trajectories of an episode with these ticks, three decisions unless chunks are given."""
-    reader = TrajectoryReader(config, Tokenizer.load(tiny_vla))
+    tokenizer = Tokenizer.load(tiny_vla)
 
-    def read(*runs: list[episode_pb2.Tick], chunks: list[episode_pb2.Chunk] | None = None, **options):
+    def read(
+        *runs: list[episode_pb2.Tick],
+        chunks: list[episode_pb2.Chunk] | None = None,
+        limit_ends: bool = False,
+        **options,
+    ):
+        reader = TrajectoryReader(config, tokenizer, limit_ends=limit_ends)
         executed = [tick for run in runs for tick in run]
         chunks = chunks or [fake.numbered_chunk(config, number) for number in range(3)]
         return reader.read(fake.write_episode(tmp_path, config, executed, chunks, **options))
@@ -103,6 +109,11 @@ def test_out_of_time_is_no_termination(read, terminal: bool) -> None:
     assert trajectory.rewards_T.tolist() == [0]
     assert trajectory.terminal is terminal
     assert bootstrap(trajectory) == (None if terminal else fake.FINAL)
+
+
+def test_where_success_in_time_is_asked_for_nothing_comes_after_it(read) -> None:
+    [trajectory] = read(ticks(0, "pppp"), outcome=episode_pb2.OUTCOME_FAILURE, terminal=False, limit_ends=True)
+    assert trajectory.terminal and bootstrap(trajectory) is None and not trajectory.rewards_T.any()
 
 
 def test_a_takeover_cuts_and_the_success_of_a_human_is_not_the_policys(read) -> None:
