@@ -149,9 +149,10 @@ class SessionService(session_pb2_grpc.SessionsServicer):
     def _seen(self, session_id: str) -> list[Any]:
         """What the robots of the session's latest episodes saw, prepared, evenly spread over them."""
         assert self._store is not None
-        latest = [s for s in self._store.after(0) if s.session_id == session_id and not s.error and not s.damaged]
         observations = list[episode_pb2.Observation]()
-        for stored in latest[-REPLAYED_EPISODES:]:
+        for stored in reversed(self._store.latest(REPLAYED_EPISODES, session_id)):
+            if stored.error:
+                continue
             try:
                 records = self._store.records(stored)
             except DamagedEpisode:  # the store says so

@@ -44,9 +44,12 @@ from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import Tally
 from rl_trainer.train import compute_device
+from rl_trainer.train_config import differences, keep_record
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
-STATE, VERSIONS = "session.safetensors", "versions"
+STATE, RECORD, VERSIONS = "session.safetensors", "session.json", "versions"
+FREE = ("at", "budget_episodes", "budget_minutes", "resume", "out", "ahead")
+"""What may differ between a session and its continuation."""
 EVENT = ("unix_ns", "what", "version", "by", "reason")
 """What is kept of a line of the session's log."""
 POLL_S = 0.5
@@ -83,9 +86,6 @@ class SessionState:
 
 def train_session(config: SessionConfig) -> None:
     """Runs until the budget is spent or the session is stopped; its robots then go on with the live version."""
-    if config.resume != (config.out / STATE).exists():
-        raise ValueError(f"{config.out} holds {'no session to resume' if config.resume else 'a session: add --resume'}")
-    config.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     run = SessionRun(config)
     try:
@@ -94,10 +94,20 @@ def train_session(config: SessionConfig) -> None:
         run.close()
 
 
+def claim(config: SessionConfig) -> None:
+    """Makes the folder this session's own, or checks that it is the one to resume.  Raises ValueError."""
+    if config.resume != (config.out / STATE).exists():
+        raise ValueError(f"{config.out} holds {'no session to resume' if config.resume else 'a session: add --resume'}")
+    if config.resume and (changed := differences(config.out / RECORD, config, but=FREE)):
+        raise ValueError(f"{config.out} holds another session: {changed}")
+    keep_record(config.out / RECORD, config, unsaid=("at",))
+
+
 class SessionRun:
     """The trainer of one session."""
 
     def __init__(self, config: SessionConfig):
+        claim(config)
         self.config, self.name, server = config, config.session_id, config.at.run_server
         self.learner, self.checkpoint = make_learner(config)
         self.client = SessionClient(server)

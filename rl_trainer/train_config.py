@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -17,6 +17,9 @@ from rl_trainer.launch import RunServer
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.reward_alarm import AlarmConfig
 from rl_trainer.shaping import ShapingConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 STATE, RECORD = "state.safetensors", "train.json"
 
@@ -139,8 +142,7 @@ UNSAID = ("credentials", "admin_token_file")
 
 def claim(config: TrainConfig) -> TrainConfig:
     """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
-    record, said = config.out / RECORD, json.loads(json.dumps(asdict(config), default=str))
-    wanted = {name: value for name, value in said.items() if name not in UNSAID}
+    record = config.out / RECORD
     if config.resume:
         if not record.exists():
             raise FileNotFoundError(f"{record}: there is no run to resume")
@@ -148,16 +150,26 @@ def claim(config: TrainConfig) -> TrainConfig:
             raise ValueError(f"{config.out} holds another run: {changed}")
     elif record.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
-    config.out.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(wanted, indent=1))
-    os.replace(partial, record)
+    keep_record(record, config, unsaid=UNSAID)
     # Killed before its first checkpoint, a run has asked for nothing yet: it begins again.
     return replace(config, resume=config.resume and (config.out / STATE).exists())
 
 
-def differences(record: Path, config: TrainConfig, *, but: Sequence[str]) -> str:
-    """What a run's train.json says otherwise than the config, in words."""
-    before, wanted = json.loads(record.read_text()), json.loads(json.dumps(asdict(config), default=str))
+def keep_record(record: Path, config: DataclassInstance, *, unsaid: Sequence[str]) -> None:
+    """Writes down what was asked for, whole or not at all."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps({n: value for n, value in _said(config).items() if n not in unsaid}, indent=1))
+    os.replace(partial, record)
+
+
+def differences(record: Path, config: DataclassInstance, *, but: Sequence[str]) -> str:
+    """What a run's record says otherwise than the config, in words."""
+    before, wanted = json.loads(record.read_text()), _said(config)
     changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
     return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
+
+
+def _said(config: DataclassInstance) -> dict[str, Any]:
+    """As JSON has it."""
+    return json.loads(json.dumps(asdict(config), default=str))

@@ -100,7 +100,7 @@ class SlowReward:
 def test_the_price_of_a_decision_has_the_reward_models_in_it(
     tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rl_trainer.train.load_reward_model", lambda *_: SlowReward())
+    monkeypatch.setattr("rl_trainer.train.load_reward_model", lambda *_, **__: SlowReward())
     learner = LearnerConfig(minibatch=2, microbatch=2)
     prices = measure_prices(config_of(tmp_path, tiny_vla, learner=learner, reward_model=tmp_path), SCENES, ["stack"])
     assert min(prices.warm_decision_s, prices.decision_s) > 0.5

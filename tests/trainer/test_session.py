@@ -25,7 +25,7 @@ from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
-from rl_trainer.session import STATE, VERDICTS, SessionRun, train_session
+from rl_trainer.session import STATE, VERDICTS, SessionRun, claim, train_session
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_commands import Export, List, Rollback, Show
 from rl_trainer.session_config import At, GateConfig, SessionConfig
@@ -203,3 +203,14 @@ def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path:
 def test_a_session_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SessionConfig(out=tmp_path, **changes)
+
+
+def test_a_session_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    config = SessionConfig(out=tmp_path)
+    claim(config)
+    (tmp_path / STATE).touch()
+    with pytest.raises(ValueError, match="add --resume"):
+        claim(config)
+    claim(replace(config, resume=True, budget_episodes=10))
+    with pytest.raises(ValueError, match="reuse was 2, got 5"):
+        claim(replace(config, resume=True, reuse=5))
