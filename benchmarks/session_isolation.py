@@ -38,7 +38,7 @@ import numpy as np
 import tyro
 
 from benchmarks.session_kills import Trainer
-from benchmarks.sessions import SUITE, TASKS, lab, spoil
+from benchmarks.sessions import SUITE, TASKS, Start, lab, spoil
 from protos import episode_pb2
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, SessionRun
@@ -172,7 +172,7 @@ class Plain:
 
 def main(config: IsolationConfig) -> int:
     """0 where the laws hold."""
-    with tempfile.TemporaryDirectory() as name, lab("nano", "", serve=SERVE) as here:
+    with tempfile.TemporaryDirectory() as name, lab(Start(model="nano"), "", serve=SERVE) as here:
         folder, at = Path(name), here.at
         with closing(SessionClient(at.run_server)) as client:
             plain, half = Plain(at.server), round(30 * config.minutes * ASKED_HZ / FRAMES)

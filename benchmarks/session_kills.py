@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import psutil
 import tyro
 
-from benchmarks.sessions import SUITE, TASKS, Lab, lab
+from benchmarks.sessions import SUITE, TASKS, Lab, Start, lab
 from protos import admin_pb2, admin_pb2_grpc, session_pb2
 from protos.channel import dial
 from rl_trainer.launch import die_with_parent
@@ -98,7 +98,7 @@ def main(config: KillsConfig) -> int:
     """0 where nothing was lost."""
     rng, victims = random.Random(config.seed), get_args(Victim)
     kills = [Kill(victim=rng.choice(victims), pause_s=rng.uniform(*config.every_s)) for _ in range(config.kills)]
-    with tempfile.TemporaryDirectory() as name, lab("nano", SHIFT) as here:
+    with tempfile.TemporaryDirectory() as name, lab(Start(model="nano"), SHIFT) as here:
         trainer, before = Trainer(here.at, Path(name) / SESSION, *OPTIONS, *PRACTICE), list[list[bytes]]()
         with here.practising(corrected=0.0), closing(SessionClient(here.at.run_server)) as client:
             for kill in kills:

@@ -4,11 +4,11 @@
     python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
 
 Three tasks of libero_object, with stand-in visuals.  Success is measured greedy, on fresh states, before and after;
-practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with nano as
-the recipe prepares it (benchmarks/recipe.py): taught, by itself, to do when it samples what it does when it is greedy.
+practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with what the
+recipe made of nano (object-drawn-1 of benchmarks/recipe.py), its critic and its reward model.
 
-    before-SHIFT        nano, and nano prepared, in a world (sim/shifts.py)
-    SHIFT-SEED          a session in that world, and what it leaves, evaluated
+    before-SHIFT        nano, and what the recipe made of it, in a world (sim/shifts.py)
+    all-SEED            a session in the world where all is shifted, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
     corrected-, ignored-SEED          an expert takes over in a fifth of the episodes; lessons made of it, or none
@@ -36,7 +36,7 @@ import torch
 import tyro
 from google.protobuf.json_format import MessageToDict
 
-from benchmarks.recipe import CORRELATION, prepared, take
+from benchmarks import recipe
 from policy_server.vla.lora import lora_tensors
 from protos import session_pb2
 from protos.channel import free_port
@@ -44,10 +44,13 @@ from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import BATCH_WAIT_MS, Child, kept_alive
 from rl_trainer.session import SessionRun
 from rl_trainer.session_config import At, SessionConfig
+from rl_trainer.train_config import STATE
 from sim.evaluate import WORKER_ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results" / "sessions"
 SUITE, TASKS = "libero_object", (0, 4, 8)
+START = "object-drawn-1"
+"""What of the recipe sessions begin with."""
 MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
 """Shifts: camera, light, friction and objects changed at once, each by half; and each by itself."""
 SEEDS = (0, 1, 2)
@@ -76,13 +79,6 @@ class Experiment:
     evaluated: bool = True
 
 
-def shifted(*shifts: str) -> Iterator[Experiment]:
-    """A session in each of these worlds, from each seed."""
-    for seed in SEEDS:
-        for shift in shifts:
-            yield Experiment(name=f"{shift}-{seed}", shift=shift, seed=seed)
-
-
 def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
     """A session with each of these, from each seed."""
     for seed in SEEDS:
@@ -102,10 +98,9 @@ def corrected() -> Iterator[Experiment]:
 
 EXPERIMENTS = (
     *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in ("", MAIN, *OTHERS)),
-    *shifted(MAIN),
+    *(Experiment(name=f"{MAIN}-{seed}", shift=MAIN, seed=seed) for seed in SEEDS),
     *spoilt("fast", "shuffled", "random"),
     *corrected(),
-    *shifted(*OTHERS),
 )
 
 
@@ -125,13 +120,29 @@ class SessionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a session begins with; without critic and reward model, what only serves."""
+
+    model: str
+    critic: Path | None = None
+    reward_model: Path | None = None
+
+    @classmethod
+    def of_recipe(cls, runs: Path) -> Start:
+        """Made where it is not there yet, which takes two hours."""
+        [experiment] = [one for one in recipe.EXPERIMENTS if one.name == START]
+        *_, reward, improved = [recipe.take(step, runs) for step in experiment.steps]
+        return cls(model=str(improved / "best"), critic=improved / STATE, reward_model=reward)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lab:
     """A server, and simulated robots in a shifted world, whose workers come and go."""
 
     folder: Path
     server: Child
     at: At
-    model: str
+    start: Start
     shift: str
 
     def evaluated(self, version: int) -> dict[str, Any]:
@@ -158,17 +169,17 @@ class Lab:
 
 
 @contextmanager
-def lab(model: str, shift: str, *, serve: Sequence[str] = FOR_WORKERS) -> Iterator[Lab]:
+def lab(start: Start, shift: str, *, serve: Sequence[str] = FOR_WORKERS) -> Iterator[Lab]:
     """All of it is gone in the end.  serve: more flags of the server's."""
     with tempfile.TemporaryDirectory() as name:
         folder, port, admin = Path(name), free_port(), free_port()
-        command = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
+        command = ["policy_server", "serve", "--model", start.model, "--port", str(port), "--admin-port", str(admin)]
         command += ["--episodes", str(folder / "episodes"), "--versions", str(folder / "versions")]
         command += serve
         server = Child("server", _python(command), folder / "server.log", on_loss=print)
         with kept_alive([server]):
             at = At(server=f"127.0.0.1:{port}", admin=f"127.0.0.1:{admin}")
-            yield Lab(folder=folder, server=server, at=at, model=model, shift=shift)
+            yield Lab(folder=folder, server=server, at=at, start=start, shift=shift)
 
 
 def main(config: SessionsConfig) -> int:
@@ -185,28 +196,20 @@ def main(config: SessionsConfig) -> int:
     config.results.mkdir(parents=True, exist_ok=True)
     for experiment, path in paths.items():
         if not path.exists() and time.monotonic() < give_up_s:
-            result = {"experiment": asdict(experiment), **carry_out(experiment, prepared_nano(config.runs))}
+            result = {"experiment": asdict(experiment), **carry_out(experiment, Start.of_recipe(config.runs))}
             path.write_text(json.dumps(result, indent=1) + "\n")
     return int(not all(path.exists() for path in paths.values()))
 
 
-def prepared_nano(runs: Path) -> str:
-    """The checkpoint that sessions begin with; made where it is not there yet."""
-    *states, teaching, _ = prepared(SUITE)
-    for one in states:
-        take(one, runs)
-    return str(take(teaching, runs) / "last")
-
-
-def carry_out(experiment: Experiment, model: str) -> dict[str, Any]:
-    """What the experiment is about, with the checkpoint that sessions begin with."""
+def carry_out(experiment: Experiment, start: Start) -> dict[str, Any]:
+    """What the experiment is about, with what sessions begin with."""
     if experiment.trainer is None:
         evaluations = {}
-        for name, one in (("nano", "nano"), ("prepared", model)):
+        for name, one in (("nano", Start(model="nano")), (START, start)):
             with lab(one, experiment.shift) as here:
                 evaluations[name] = here.evaluated(0)
         return {"evaluations": evaluations}
-    with lab(model, experiment.shift) as here:
+    with lab(start, experiment.shift) as here:
         return have_session(experiment, here)
 
 
@@ -235,13 +238,15 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
     config = SessionConfig(
         at=here.at,
         out=here.folder / "session",
-        model=here.model,
+        model=here.start.model,
+        critic=here.start.critic,
+        reward="both",
+        reward_model=here.start.reward_model,
         task=f"{SUITE} {TASKS}",
         budget_episodes=experiment.episodes,
         suite=SUITE,
         tasks=TASKS,
         split="train_drawn",
-        noise_correlation=CORRELATION,
         curriculum=CurriculumConfig(rule="uniform"),  # the curve of the episodes is one of the policy
         seed=experiment.seed,
     )
