@@ -162,10 +162,15 @@ class EpisodeStore:
             self._check(cursor)
             return [self._stored[n] for n in range(cursor + 1, self._last + 1) if n in self._stored]
 
-    def latest(self, count: int, session_id: str = "") -> list[Stored]:
-        """What was finished last, newest first; a session's alone where one is named."""
+    def latest(self, count: int, session_id: str = "", *, sound: bool = False) -> list[Stored]:
+        """What was finished last, newest first; a session's alone where one is named.
+
+        sound: neither what ended as an error nor what cannot be read.
+        """
         with self._lock:
             wanted = (s for s in reversed(self._stored.values()) if not session_id or s.session_id == session_id)
+            if sound:
+                wanted = (stored for stored in wanted if not stored.error and not stored.damaged)
             return list(itertools.islice(wanted, count))
 
     def beyond(self, cursor: int) -> Future[None]:

@@ -150,9 +150,7 @@ class SessionService(session_pb2_grpc.SessionsServicer):
         """What the robots of the session's latest episodes saw, prepared, evenly spread over them."""
         assert self._store is not None
         observations = list[episode_pb2.Observation]()
-        for stored in reversed(self._store.latest(REPLAYED_EPISODES, session_id)):
-            if stored.error:
-                continue
+        for stored in reversed(self._store.latest(REPLAYED_EPISODES, session_id, sound=True)):
             try:
                 records = self._store.records(stored)
             except DamagedEpisode:  # the store says so

@@ -28,10 +28,10 @@ from rl_trainer.batching import Batch, Prompter, minibatches
 from rl_trainer.critic import CriticKind, critic_of
 from rl_trainer.lessons import Lesson
 from rl_trainer.loss import (
-    MAX_LOG_RATIO,
     Counts,
     Loss,
     LossConfig,
+    divergence_estimate,
     ppo_loss,
     token_divergence,
     token_entropy,
@@ -524,6 +524,6 @@ def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
         # Overlapped episodes are all of an older version: then nothing was compared.
         "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
-        # KL(who played | found) of a token, by k3 as in ppo_loss().
-        "staleness_kl": float((log_ratio.clamp(max=MAX_LOG_RATIO).exp() - 1 - log_ratio)[batch.mask_nN].mean()),
+        # Of a token, from who played to the policy that was found.
+        "staleness_kl": float(divergence_estimate(log_ratio[batch.mask_nN]).mean()),
     }

@@ -145,8 +145,7 @@ def ppo_loss(
     metrics = {
         "policy_loss": total,
         "ratio": _mean(ratio_BU, scored_BU, units),
-        # KL(old | now), estimated by r - 1 - log r (Schulman, 2020: k3)
-        "approx_kl": _mean(ratio_BU - 1 - log_ratio_BU, scored_BU, units),
+        "approx_kl": _mean(divergence_estimate(log_ratio_BU), scored_BU, units),
         "clip_fraction": _mean((clipped_BU < free_BU).float(), scored_BU, units),
     }
     if entropy_BN is not None:
@@ -156,6 +155,12 @@ def ppo_loss(
         metrics["reference_kl"] = _mean(divergence_BN, mask_BN, counts.tokens)
         total = total + config.reference_weight * metrics["reference_kl"]
     return Loss(total=total, metrics={name: metric.detach() for name, metric in metrics.items()})
+
+
+def divergence_estimate(log_ratio: torch.Tensor) -> torch.Tensor:
+    """KL(old | new) from log(new / old) of what old did, each by r - 1 - log r (Schulman, 2020: k3)."""
+    log_ratio = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return log_ratio.exp() - 1 - log_ratio
 
 
 def value_loss(

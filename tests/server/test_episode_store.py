@@ -40,6 +40,14 @@ def test_an_open_episode_is_not_among_the_whole_ones(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_errors_take_no_place_among_the_latest_sound_ones(tmp_path):
+    store = EpisodeStore(tmp_path)
+    for name in "abcd":
+        record(store, name, error=name in "cd")
+    assert [stored.episode_id for stored in store.latest(2)] == ["d", "c"]
+    assert [stored.episode_id for stored in store.latest(2, sound=True)] == ["b", "a"]
+
+
 def test_numbers_go_on_after_a_restart(tmp_path):
     store = EpisodeStore(tmp_path)
     record(store, "a"), record(store, "b")
