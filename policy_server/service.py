@@ -380,9 +380,10 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """How an episode of a session is sampled, and the version it gets.  Raises Refused."""
         if self._sessions is None:
             raise OutOfOrder(NO_SESSIONS, field="session_id")
+        chosen = self._sessions.choose(asked.session_id)
         if asked.purpose != episode_pb2.PURPOSE_TRAIN:
             raise BadRequest("an episode of a session is practice: must be PURPOSE_TRAIN", field="purpose")
-        return self._sessions.choose(asked.session_id)
+        return chosen
 
 
 def _land(episode: Episode, decision: int, flight: Flight) -> None:
