@@ -35,8 +35,8 @@ CHANGED = {
     "friction": {"geom_friction", *MASSES},
     "objects": {"geom_rgba"},
 }
-CHANGED["all"] = CHANGED["whole"] = set().union(*CHANGED.values())
-SEEN, FELT = {"camera", "light", "objects", "all", "whole"}, {"friction", "all", "whole"}
+CHANGED["all"] = set().union(*CHANGED.values())
+SEEN, FELT = {"camera", "light", "objects", "all"}, {"friction", "all"}
 
 BENCH = """
 <mujoco>
@@ -156,7 +156,7 @@ def test_a_task_without_distractors_is_refused() -> None:
     ids=["find_shift", "evaluate", "worker", "arm"],
 )
 def test_an_unknown_name_is_refused_with_the_names_there_are(ask: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match=r"\['all', 'camera', 'friction', 'light', 'objects', 'whole'\], got 'dusk'"):
+    with pytest.raises(ValueError, match=r"\['all', 'camera', 'friction', 'light', 'objects'\], got 'dusk'"):
         ask("dusk")
 
 
