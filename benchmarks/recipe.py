@@ -163,13 +163,17 @@ def prepared(suite: str) -> tuple[Step, ...]:
     )
 
 
-def improved(name: str, suite: str, options: Options, evaluations: tuple[Evaluation, ...]) -> Experiment:
-    """PPO, with options besides those of PPO."""
+def practised(name: str, suite: str, options: Options) -> Step:
+    """PPO from what was prepared, with options besides those of PPO."""
     label = suite.removeprefix("libero_")
     model, reward = f"{{runs}}/{label}-steady/last", f"{{runs}}/{label}-reward"
-    begin: Options = {"suite": suite, "model": model, "reward-model": reward}
-    train = step(name, "train", **{**begin, **PPO, **options})
-    return Experiment(name=name, steps=(*prepared(suite), train), evaluations=evaluations)
+    return step(name, "train", **{"suite": suite, "model": model, "reward-model": reward, **PPO, **options})
+
+
+def improved(name: str, suite: str, options: Options, evaluations: tuple[Evaluation, ...]) -> Experiment:
+    """What was prepared, after practice."""
+    steps = (*prepared(suite), practised(name, suite, options))
+    return Experiment(name=name, steps=steps, evaluations=evaluations)
 
 
 def whole(suite: str, *, evaluate_states: int) -> tuple[Experiment, ...]:

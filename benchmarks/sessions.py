@@ -4,10 +4,11 @@
     python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
 
 Three tasks of libero_object, with stand-in visuals.  Success is measured greedy, on fresh states, before and after;
-practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with what the
-recipe made of nano (object-drawn-1 of benchmarks/recipe.py), its critic and its reward model.
+practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with nano as
+the recipe prepares it for practice (benchmarks/recipe.py), in the world as it is, with that policy's critic and reward
+model.
 
-    before-SHIFT        nano, and what the recipe made of it, in a world (sim/shifts.py)
+    before-SHIFT        nano, and nano prepared, in a world (sim/shifts.py)
     all-SEED            a session in the world where all is shifted, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
@@ -49,8 +50,12 @@ from sim.evaluate import WORKER_ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results" / "sessions"
 SUITE, TASKS = "libero_object", (0, 4, 8)
-START = "object-drawn-1"
-"""What of the recipe sessions begin with."""
+CRITIC = recipe.practised(
+    "object-critic",
+    SUITE,
+    {**recipe.DRAWN, "iterations": "6", "learner.warm-up": "6", "evaluate-every": "0"},
+)
+"""Its policy stays as it was prepared."""
 MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
 """Shifts: camera, light, friction and objects changed at once, each by half; and each by itself."""
 SEEDS = (0, 1, 2)
@@ -129,10 +134,9 @@ class Start:
 
     @classmethod
     def of_recipe(cls, runs: Path) -> Start:
-        """Made where it is not there yet, which takes two hours."""
-        [experiment] = [one for one in recipe.EXPERIMENTS if one.name == START]
-        *_, reward, improved = [recipe.take(step, runs) for step in experiment.steps]
-        return cls(model=str(improved / "best"), critic=improved / STATE, reward_model=reward)
+        """Made where it is not there yet, which takes half an hour."""
+        *_, steady, reward, critic = [recipe.take(step, runs) for step in (*recipe.prepared(SUITE), CRITIC)]
+        return cls(model=str(steady / "last"), critic=critic / STATE, reward_model=reward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +209,7 @@ def carry_out(experiment: Experiment, start: Start) -> dict[str, Any]:
     """What the experiment is about, with what sessions begin with."""
     if experiment.trainer is None:
         evaluations = {}
-        for name, one in (("nano", Start(model="nano")), (START, start)):
+        for name, one in (("nano", Start(model="nano")), ("prepared", start)):
             with lab(one, experiment.shift) as here:
                 evaluations[name] = here.evaluated(0)
         return {"evaluations": evaluations}
