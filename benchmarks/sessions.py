@@ -254,7 +254,7 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
         curriculum=CurriculumConfig(rule="uniform"),  # the curve of the episodes is one of the policy
         seed=experiment.seed,
     )
-    learner = config.learner
+    learner = replace(config.learner, warm_up=1)
     if experiment.trainer == "fast":
         learner = replace(learner, learning_rate=FAST * learner.learning_rate)
     if experiment.trainer == "shuffled":

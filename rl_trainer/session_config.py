@@ -84,7 +84,7 @@ class SessionConfig:
     """wall time; with episodes, whichever comes first"""
     update_every: int = 32
     """new episodes that an update waits for"""
-    reuse: int = 2
+    reuse: int = 1
     """updates that an episode may have part in"""
     lesson_capacity: int = 4096
     """decisions of each kind that are remembered, to be imitated"""
@@ -104,7 +104,7 @@ class SessionConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
-            learning_rate=3e-4,
+            learning_rate=1e-3,
             warm_up=3,
             gamma=0.998,
             lambda_=0.6,
@@ -112,7 +112,6 @@ class SessionConfig:
             critic_epochs=8,
             minibatch=256,
             target_kl=0.1,
-            lessons=64,
             success_weight=0.1,
             intervention_weight=1.0,
             # Who played may be some updates behind; a critic that begins at 0 has far to go.
@@ -120,7 +119,7 @@ class SessionConfig:
         )
     )
     critic: Path | None = None
-    """state.safetensors of a run of the recipe on the same model, to begin with its critic"""
+    """state.safetensors of a run of the recipe on the same model, to begin with its critic, which wants less warm-up"""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     freeze_vision: bool = False

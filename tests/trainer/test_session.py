@@ -212,5 +212,5 @@ def test_a_session_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="add --resume"):
         claim(config)
     claim(replace(config, resume=True, budget_episodes=10))
-    with pytest.raises(ValueError, match="reuse was 2, got 5"):
+    with pytest.raises(ValueError, match="reuse was 1, got 5"):
         claim(replace(config, resume=True, reuse=5))
