@@ -1,6 +1,6 @@
 """The promotion gate on simulated streams of episodes: how often it errs, how often it finds, and what that takes.
 
-    python -m benchmarks.gate [--streams 10000] [--trouble-streams 2000] [--rule.max-episodes 100]
+    python -m benchmarks.gate [--streams 10000] [--trouble-streams 2000] [--rule.max-episodes 60]
 
 Every stream goes through the real `judge`, after each episode and up to its first verdict; `takes_candidate` says whose
 turn it is.  In a world without trouble the two versions differ in success alone; in one with trouble they succeed
@@ -14,9 +14,10 @@ Intervals are Clopper and Pearson's at 95 %.  Prints a table, writes benchmarks/
 from __future__ import annotations
 
 import json
+import os
 import sys
-import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest
 
-from policy_server.gate import LEVELS, GateRule, Tally, judge, takes_candidate
+from policy_server.gate import Comparison, GateRule, Trial, judge, takes_candidate
 
 TICKS = 150
 """Of an episode."""
@@ -43,7 +44,7 @@ class GateConfig:
     streams: int = 10_000
     """in each world without trouble"""
     trouble_streams: int = 2000
-    """in each world with trouble, where hardly two streams have the same counts"""
+    """in each world with trouble"""
     rule: GateRule = field(default_factory=GateRule)
     seed: int = 0
     json: Path = Path(__file__).parent / "results" / "gate.json"
@@ -127,14 +128,14 @@ class Law:
 
 
 def main(config: GateConfig) -> int:
-    started_s = time.process_time()
-    rng = np.random.default_rng(config.seed)
-    rows = [measured(world, config.streams, config.rule, rng) for world in SUCCESS_WORLDS]
-    rows += [measured(world, config.trouble_streams, config.rule, rng) for world in TROUBLE_WORLDS]
+    streams = [(world, config.streams) for world in SUCCESS_WORLDS]
+    streams += [(world, config.trouble_streams) for world in TROUBLE_WORLDS]
+    with ProcessPoolExecutor(initializer=os.nice, initargs=(10,)) as pool:
+        jobs = [pool.submit(measured, *job, config.rule, (config.seed, n)) for n, job in enumerate(streams)]
+        rows = [job.result() for job in jobs]
     laws = laws_of(rows, config.rule)
-    cpu_s = time.process_time() - started_s
     print_table(rows, laws)
-    print(f"{config.streams} streams in a world, {config.trouble_streams} with trouble; {cpu_s:.0f} s of CPU")
+    print(f"{config.streams} streams in a world, {config.trouble_streams} with trouble")
     figures = {
         "streams": config.streams,
         "trouble_streams": config.trouble_streams,
@@ -142,15 +143,16 @@ def main(config: GateConfig) -> int:
         "seed": config.seed,
         "rows": [asdict(row) for row in rows],
         "laws": [asdict(law) for law in laws],
-        "cpu_s": round(cpu_s),
     }
     config.json.parent.mkdir(parents=True, exist_ok=True)
     config.json.write_text(json.dumps(figures, indent=1) + "\n")
     return int(not all(law.held for law in laws))
 
 
-def measured(world: World, streams: int, rule: GateRule, rng: np.random.Generator) -> Row:
-    end_S, episodes_S = simulated(world, streams, rule, rng)
+def measured(world: World, streams: int, rule: GateRule, seed: tuple[int, int]) -> Row:
+    rng = np.random.default_rng(seed)
+    ends, episodes = zip(*[stream(world, rule, rng) for _ in range(streams)], strict=True)
+    end_S, episodes_S = np.array(ends), np.array(episodes)
     within = [round(part * rule.max_episodes) for part in PARTS]
     return Row(
         world=world,
@@ -161,45 +163,23 @@ def measured(world: World, streams: int, rule: GateRule, rng: np.random.Generato
     )
 
 
-def simulated(world: World, streams: int, rule: GateRule, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """str (S,), how each stream ends, one of ENDS, and int (S,), episodes of the candidate until then."""
-    counts_S2C = np.zeros((streams, 2, 3 + len(LEVELS)), int)
-    end_S = np.full(streams, "open", dtype=f"U{max(map(len, ENDS))}")
-    while len(open_n := np.flatnonzero(end_S == "open")):
-        turn_n = np.array([takes_candidate(rule, draw) for draw in rng.random(len(open_n)).tolist()], int)
-        counts_S2C[open_n, turn_n] += episodes(world, turn_n, rng)
-        end_S[open_n] = judged(counts_S2C[open_n], rule)
-    return end_S, counts_S2C[:, 1, 0]
+def stream(world: World, rule: GateRule, rng: np.random.Generator) -> tuple[str, int]:
+    """How it ends, one of ENDS, and episodes of the candidate until then."""
+    comparison = Comparison.under(rule)
+    while (judgement := judge(rule, comparison)).verdict == "open":
+        whose = takes_candidate(rule, rng.random())
+        comparison = comparison.plus(episode(world, whose, rng), of_candidate=whose)
+    end = judgement.verdict
+    if end == "roll back":
+        end += f": {'trouble' if judgement.trouble_e >= 1 / rule.trouble_error else 'success'}"
+    return end, comparison.candidate.episodes
 
 
-def episodes(world: World, turn_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int (n, C): one of the live version where turn is 0, else of the candidate, as `tally` reads it."""
-    success_n, stuck_n = rng.random((2, len(turn_n))) < np.array([world.success, world.stuck])[:, turn_n]
-    mean_n = np.where(stuck_n, STUCK, np.array(world.trouble)[turn_n])
-    clips_n = np.rint(TICKS * np.clip(mean_n * rng.normal(1, SPREAD, len(turn_n)), 0, 1))
-    above_nL = clips_n[:, None] / TICKS > LEVELS
-    return np.column_stack([np.ones(len(turn_n)), success_n, clips_n, above_nL]).astype(int)
-
-
-def tally(counts_C: Sequence[int]) -> Tally:
-    """counts: episodes, successes, clipped ticks, and the episodes above each level."""
-    n, successes, clips, *above = counts_C
-    return Tally(episodes=n, successes=successes, ticks=n * TICKS, clips=clips, above=tuple(above))
-
-
-def judged(counts_n2C: np.ndarray, rule: GateRule) -> list[str]:
-    """For each stream `open` or one of ENDS; streams with the same counts are judged once."""
-    streams = [(tuple(live), tuple(candidate)) for live, candidate in counts_n2C.tolist()]
-    ends = {stream: end(rule, *map(tally, stream)) for stream in set(streams)}
-    return [ends[stream] for stream in streams]
-
-
-def end(rule: GateRule, live: Tally, candidate: Tally) -> str:
-    """The verdict, and for a roll-back what led to it."""
-    judgement = judge(rule, live, candidate)
-    if judgement.verdict != "roll back":
-        return judgement.verdict
-    return f"roll back: {'trouble' if judgement.trouble_e >= 1 / rule.trouble_error else 'success'}"
+def episode(world: World, whose: bool, rng: np.random.Generator) -> Trial:
+    """One of the candidate, or of the live version."""
+    success, stuck = rng.random(2) < (world.success[whose], world.stuck[whose])
+    share = (STUCK if stuck else world.trouble[whose]) * rng.normal(1, SPREAD)
+    return Trial(success=bool(success), ticks=TICKS, clips=round(TICKS * min(max(share, 0), 1)))
 
 
 def rate(count: int, streams: int) -> Rate:

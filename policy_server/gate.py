@@ -7,33 +7,35 @@ asks `judge` after every finished episode, and stops at the first verdict that i
     promote      it does not succeed less often by `margin` or more
     undecided    neither was shown in `max_episodes` of its episodes: it is dropped, and the live version stays
 
-Each finding refutes its opposite by an e-process (universal inference).  Of two versions a and b, and of the hypothesis
-H0 that the success probabilities obey a <= b - margin,
+Each finding refutes its opposite by an e-process.  The i-th episode of the one version is paired with the i-th of the
+other, in the order in which they began; whichever is ahead waits.  Of two versions a and b, and of the hypothesis H0
+that their success probabilities obey a <= b - margin, evidence is multiplied, for each pair, by
 
-    E = P(outcomes of a) P(outcomes of b) / the largest likelihood of all these outcomes under H0
+    P(outcome of a) P(outcome of b) / Q(outcome of a) Q(outcome of b)
 
-where P predicts each outcome from those before it, by Krichevsky and Trofimov's rule: success with (s + 1/2) / (n + 1)
-after s successes in n episodes.  The product of these predictions is a beta function of the two counts.  If H0 is true,
-E is at most the ratio of P to the true likelihood, a martingale that begins at 1, so that by Ville's inequality E comes
-to 1 / error, ever, with a probability of at most `error`: however often one looks, whenever one stops, and however the
-episodes of the two alternate.  What is assumed: episodes are independent, and a version succeeds in each with the same
+where P is predicted from the pairs before, by Krichevsky and Trofimov's rule: success with (s + 1/2) / (n + 1) after s
+successes in n episodes; and Q, of all probabilities that obey H0, is what lies closest to P by its divergence from it.
+If H0 is true, this factor is expected to be 1 at most, whatever P is: the evidence is a supermartingale that begins at
+1, so that by Ville's inequality it comes to 1 / error, ever, with a probability of at most `error`: however often one
+looks, and whenever one stops.  What is assumed: episodes are independent, and a version succeeds in each with the same
 probability.  With several robots that holds in the order in which episodes began, not ended: a failure takes longer.
+A share far from one half leaves many episodes without a pair.
 
-Trouble is found in the same way.  For every tenth, E is taken of the episodes in which more than that share of the
-ticks was held or clipped, against H0 that this befalls the candidate no more often; the mean of these E obeys the same
+Trouble is found in the same way.  For every tenth there is evidence from whether more than that share of an episode's
+ticks was held or clipped, against H0 that this befalls the candidate no more often; the mean of all nine obeys the same
 law.  An episode counts once, however its ticks hang together.  The finding counts only while the candidate's share of
 all its ticks exceeds the live version's by more than `trouble_rise`.
 
-Sources: Wasserman, Ramdas and Balakrishnan 2020, Universal inference; Ramdas, Grünwald, Vovk and Shafer 2023,
-Game-theoretic statistics and safe anytime-valid inference; Krichevsky and Trofimov 1981, The performance of universal
-encoding.
+Sources: Turner, Ly and Grünwald 2024, Generic E-variables for exact sequential k-sample tests that allow for optional
+stopping; Ramdas, Grünwald, Vovk and Shafer 2023, Game-theoretic statistics and safe anytime-valid inference;
+Krichevsky and Trofimov 1981, The performance of universal encoding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,9 +63,8 @@ class GateRule:
     """a smaller rise in the share of ticks that are held or clipped is no trouble"""
     share: float = 0.5
     """of the session's episodes that the candidate gets"""
-    max_episodes: int = 100
-    """of the candidate; then it is dropped.  By 100, one that is better by 0.3 is promoted nearly always, by 0.2 in
-    three of four cases and more, by 0.1 in a quarter to a half, and one that is equal seldom (benchmarks/gate.py)"""
+    max_episodes: int = 60
+    """of the candidate; then it is dropped (how often by then: benchmarks/gate.py)"""
     envelope: float = 0.15
     """how far the candidate's actions may lie from the live version's before any robot sees one, in the mean over what
     the session's robots saw lately; 1 is the whole range of a number"""
@@ -99,6 +100,11 @@ class Trial:
                 f"holds and clips must not be negative and together at most ticks ({self.ticks}),"
                 f" got {self.holds} and {self.clips}"
             )
+
+    @property
+    def own_success(self) -> bool:
+        """Without a person's help."""
+        return self.success and not self.intervened
 
     @property
     def trouble(self) -> float:
@@ -139,8 +145,6 @@ class Tally:
     ticks: int = 0
     holds: int = 0
     clips: int = 0
-    above: tuple[int, ...] = (0,) * len(LEVELS)
-    """for each of LEVELS: episodes in which a larger share of the ticks was held or clipped"""
 
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> Tally:
@@ -154,12 +158,11 @@ class Tally:
         """With one episode more."""
         return Tally(
             episodes=self.episodes + 1,
-            successes=self.successes + (trial.success and not trial.intervened),
+            successes=self.successes + trial.own_success,
             interventions=self.interventions + trial.intervened,
             ticks=self.ticks + trial.ticks,
             holds=self.holds + trial.holds,
             clips=self.clips + trial.clips,
-            above=tuple(n + (trial.trouble > level) for n, level in zip(self.above, LEVELS, strict=True)),
         )
 
     @property
@@ -171,6 +174,90 @@ class Tally:
     def trouble(self) -> float:
         """Share of all ticks that were held or clipped; 0 without ticks."""
         return (self.holds + self.clips) / max(self.ticks, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Against H0, that something befalls a with a probability of at most b's less the margin."""
+
+    margin: float = 0.0
+    pairs: int = 0
+    of_a: int = 0
+    """pairs in which it befell a"""
+    of_b: int = 0
+    log_e: float = 0.0
+
+    @property
+    def e(self) -> float:
+        """At least 1 / error with a probability of at most `error`, if H0 is true; 1 without pairs."""
+        return math.exp(min(self.log_e, 700.0))  # e^710 is no float
+
+    def plus(self, a: bool, b: bool) -> Evidence:
+        """With one pair more, in which it befell a, b, both or none."""
+        p_a, p_b = (self.of_a + 0.5) / (self.pairs + 1), (self.of_b + 0.5) / (self.pairs + 1)
+        q_a, q_b = closest(p_a, p_b, self.margin)
+        gain = math.log(p_a / q_a if a else (1 - p_a) / (1 - q_a)) + math.log(p_b / q_b if b else (1 - p_b) / (1 - q_b))
+        return Evidence(
+            margin=self.margin,
+            pairs=self.pairs + 1,
+            of_a=self.of_a + a,
+            of_b=self.of_b + b,
+            log_e=self.log_e + gain,
+        )
+
+
+def closest(p_a: float, p_b: float, margin: float) -> tuple[float, float]:
+    """Of all (q_a, q_b) with q_a <= q_b - margin, what P diverges from least; P itself where it is one of them."""
+    if p_a <= p_b - margin:
+        return p_a, p_b
+    low, high = 0.0, 1 - margin
+    for _ in range(40 if margin else 0):  # to 1e-12: the divergence from (q, q + margin) is convex in q
+        q_a, q_b = (low + high) / 2, (low + high) / 2 + margin
+        slope = (p_a - q_a) / (q_a * (1 - q_a)) + (p_b - q_b) / (q_b * (1 - q_b))
+        low, high = (q_a, high) if slope > 0 else (low, q_a)
+    q_a = (low + high) / 2 if margin else (p_a + p_b) / 2
+    return q_a, q_a + margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A trial so far: episodes of the candidate and of the live version, in the order in which they began."""
+
+    live: Tally = Tally()
+    candidate: Tally = Tally()
+    waiting: tuple[Trial, ...] = ()
+    """for the other version's: of the candidate where it has more episodes, of the live version where that has"""
+    as_good: Evidence = Evidence()
+    """that the candidate succeeds less often by less than the margin, if at all"""
+    worse: Evidence = Evidence()
+    """that it succeeds less often"""
+    troubled: tuple[Evidence, ...] = (Evidence(),) * len(LEVELS)
+    """for each of LEVELS: that a larger share of ticks is held or clipped in more of its episodes"""
+
+    @classmethod
+    def under(cls, rule: GateRule) -> Comparison:
+        """Without episodes."""
+        return cls(as_good=Evidence(margin=rule.margin))
+
+    def plus(self, trial: Trial, *, of_candidate: bool) -> Comparison:
+        """With one episode more."""
+        lead = self.candidate.episodes - self.live.episodes
+        whose = "candidate" if of_candidate else "live"
+        counted = replace(self, **{whose: getattr(self, whose).plus(trial)})
+        if lead == 0 or (lead > 0) == of_candidate:
+            return replace(counted, waiting=(*self.waiting, trial))
+        other, *waiting = self.waiting
+        candidate, live = (trial, other) if of_candidate else (other, trial)
+        return replace(
+            counted,
+            waiting=tuple(waiting),
+            as_good=self.as_good.plus(candidate.own_success, live.own_success),
+            worse=self.worse.plus(live.own_success, candidate.own_success),
+            troubled=tuple(
+                evidence.plus(candidate.trouble > level, live.trouble > level)
+                for evidence, level in zip(self.troubled, LEVELS, strict=True)
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +290,12 @@ def departure(live_nKA: np.ndarray, candidate_nKA: np.ndarray, span_A: np.ndarra
     return float((np.abs(candidate_nKA - live_nKA) / span_A).mean())
 
 
-def judge(rule: GateRule, live: Tally, candidate: Tally) -> Judgement:
+def judge(rule: GateRule, trial: Comparison) -> Judgement:
     """The verdict on the episodes so far.  The errors are as stated if the first one that is not `open` is kept."""
-    promote_e = e_value(candidate.outcomes, live.outcomes, rule.margin)
-    rollback_e = e_value(live.outcomes, candidate.outcomes)
-    trouble_e = _trouble_e(rule, live, candidate)
+    live, candidate = trial.live, trial.candidate
+    promote_e, rollback_e, trouble_e = trial.as_good.e, trial.worse.e, 0.0
+    if candidate.trouble - live.trouble > rule.trouble_rise:
+        trouble_e = sum(evidence.e for evidence in trial.troubled) / len(LEVELS)
     if trouble_e >= 1 / rule.trouble_error:
         verdict, finding = "roll back", "the candidate is held or clipped more"
     elif rollback_e >= 1 / rule.rollback_error:
@@ -232,49 +320,3 @@ def judge(rule: GateRule, live: Tally, candidate: Tally) -> Judgement:
         rollback_e=rollback_e,
         trouble_e=trouble_e,
     )
-
-
-def e_value(a: Counts, b: Counts, margin: float = 0.0) -> float:
-    """Evidence against H0, that a's success probability is at most b's less the margin; at most 1 without episodes."""
-    log_e = _log_predicted(a) + _log_predicted(b) - _log_largest(a, b, margin)
-    return math.exp(min(log_e, 700.0))  # e^710 is no float
-
-
-def _trouble_e(rule: GateRule, live: Tally, candidate: Tally) -> float:
-    """Evidence that the candidate is held or clipped more; 0 while the rise is none that matters."""
-    if candidate.trouble - live.trouble <= rule.trouble_rise:
-        return 0.0
-    pairs = zip(candidate.above, live.above, strict=True)
-    return sum(e_value(Counts(c, candidate.episodes), Counts(n, live.episodes)) for c, n in pairs) / len(LEVELS)
-
-
-def _log_predicted(counts: Counts) -> float:
-    """log P = log B(successes + 1/2, failures + 1/2) / B(1/2, 1/2), where B(1/2, 1/2) = pi."""
-    successes, episodes = counts
-    failures = episodes - successes
-    return math.lgamma(successes + 0.5) + math.lgamma(failures + 0.5) - math.lgamma(episodes + 1) - math.log(math.pi)
-
-
-def _log_largest(a: Counts, b: Counts, margin: float) -> float:
-    """log of the largest likelihood of both where p_a <= p_b - margin: at their rates, or where p_b = p_a + margin."""
-    if not a.episodes or not b.episodes or a.rate <= b.rate - margin:
-        return _log_likelihood(a, a.rate) + _log_likelihood(b, b.rate)
-    p = _likeliest(a, b, margin) if margin else (a.successes + b.successes) / (a.episodes + b.episodes)
-    return _log_likelihood(a, p) + _log_likelihood(b, p + margin)
-
-
-def _likeliest(a: Counts, b: Counts, margin: float) -> float:
-    """The p that makes p for a and p + margin for b likeliest: the log-likelihood is concave, its slope is bisected."""
-    low, high = 0.0, 1 - margin
-    for _ in range(30):  # to 1e-9
-        p, q = (low + high) / 2, (low + high) / 2 + margin
-        slope = (a.successes - a.episodes * p) / (p * (1 - p)) + (b.successes - b.episodes * q) / (q * (1 - q))
-        low, high = (p, high) if slope > 0 else (low, p)
-    return high
-
-
-def _log_likelihood(counts: Counts, p: float) -> float:
-    """successes log p + failures log (1 - p), where 0 log 0 = 0."""
-    successes, episodes = counts
-    failures = episodes - successes
-    return (successes and successes * math.log(p)) + (failures and failures * math.log(1 - p))

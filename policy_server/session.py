@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from policy_server.gate import GateRule, Judgement, Tally, Trial, judge, takes_candidate
+from policy_server.gate import Comparison, GateRule, Judgement, Tally, Trial, judge, takes_candidate
 from protos import episode_pb2
 
 What = Literal[
@@ -103,7 +103,7 @@ class Session:
         """those that were counted, by their ids, in the order in which they began"""
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
         """by version, of all its episodes"""
-        self.trial = _no_trial()
+        self.trial = Comparison.under(charter.rule)
         """since the candidate was offered, of it and of the live version"""
 
     @property
@@ -123,7 +123,7 @@ class Session:
         """What the gate makes of the trial under way."""
         if self.candidate is None:
             return None
-        return judge(self.charter.rule, self.trial["live"], self.trial["candidate"])
+        return judge(self.charter.rule, self.trial)
 
     def choose(self, draw: float) -> int:
         """The version of the next episode; draw as in gate.takes_candidate()."""
@@ -138,7 +138,7 @@ class Session:
             return
         self.log.append(event)
         if event.what == "offer":
-            self.candidate, self.trial = event.version, _no_trial()
+            self.candidate, self.trial = event.version, Comparison.under(self.charter.rule)
         elif event.what == "promote":
             self.past.append(self.live)
             self.live, self.candidate = event.version, None
@@ -154,12 +154,7 @@ class Session:
         self.episodes[event.episode_id] = event
         self.tallies[event.version] = self.tallies[event.version].plus(event.trial)
         if event.on_trial:
-            whose = "candidate" if event.version == self.candidate else "live"
-            self.trial[whose] = self.trial[whose].plus(event.trial)
-
-
-def _no_trial() -> dict[Literal["live", "candidate"], Tally]:
-    return {"live": Tally(), "candidate": Tally()}
+            self.trial = self.trial.plus(event.trial, of_candidate=event.version == self.candidate)
 
 
 @dataclass(frozen=True, kw_only=True)

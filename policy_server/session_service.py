@@ -190,8 +190,8 @@ def described(session: Session, *, with_log: bool = False, with_episodes: bool =
         live_version=session.live,
         candidate_version=session.candidate,
         past_versions=session.past,
-        live=_tally(session.trial["live"]),
-        candidate=_tally(session.trial["candidate"]),
+        live=_tally(session.trial.live),
+        candidate=_tally(session.trial.candidate),
         standing=standing.reason if standing is not None else "",
         versions=[
             session_pb2.VersionTally(version=version, tally=_tally(tally))

@@ -80,7 +80,7 @@ class SessionState:
     """number of an episode that may be learned from -> updates that it had part in"""
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
-    """episodes, successes, interventions, updates, rollouts"""
+    """episodes, successes, rollouts, updates; settled: updates when a version was last offered, or gone back to"""
     curriculum: dict[str, Any] = field(default_factory=dict)
 
 
@@ -177,7 +177,11 @@ class SessionRun:
                 return True
             if self._new >= self.config.update_every:
                 self.improve()
-            if self.state.candidate is None and self.state.version == UNNAMED:
+            if (
+                self.state.candidate is None
+                and self.state.version == UNNAMED
+                and self._ahead >= self.config.offer_every
+            ):
                 self._put_forward()
         return True
 
@@ -256,6 +260,7 @@ class SessionRun:
         """The learner's weights are published, and offered."""
         state = self.state
         note = f"session {self.name} {state.counts['updates']}"
+        state.counts["settled"] = state.counts["updates"]
         state.version = state.candidate = self.publisher.publish(state.live, note=note, live=False)
         assert self.publisher.proof is not None
         state.fingerprint = self.publisher.proof.fingerprint
@@ -307,6 +312,11 @@ class SessionRun:
         """Episodes that no update has seen."""
         return sum(uses == 0 for uses in self.state.pool.values())
 
+    @property
+    def _ahead(self) -> int:
+        """Updates that no candidate has."""
+        return self.state.counts["updates"] - self.state.counts["settled"]
+
     def _rewards(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=self.config.learner.reward_gamma)
         if self.config.reward == "process":
@@ -346,6 +356,7 @@ class SessionRun:
                 matrices[name].copy_(tensor)
         self.learner.policy_optimizer.begin_again()
         self.state.version = version
+        self.state.counts["settled"] = self.state.counts["updates"]
 
     def _keep_weights(self, version: int) -> None:
         save_lora(self.checkpoint.model, self.config.out / VERSIONS / str(version), base=self.config.model)

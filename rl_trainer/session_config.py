@@ -86,6 +86,8 @@ class SessionConfig:
     """new episodes that an update waits for"""
     reuse: int = 1
     """updates that an episode may have part in"""
+    offer_every: int = 3
+    """updates that a candidate is ahead of the one before: a trial takes many episodes, and shows small steps to no one"""
     lesson_capacity: int = 4096
     """decisions of each kind that are remembered, to be imitated"""
     temperature: float = 0.5
@@ -133,7 +135,8 @@ class SessionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("budget_episodes", "update_every", "reuse", "lesson_capacity", "ahead", "lora_rank", "threads"):
+        sizes = ("update_every", "reuse", "offer_every", "lesson_capacity", "ahead", "lora_rank", "threads")
+        for name in ("budget_episodes", *sizes):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.budget_minutes is not None and self.budget_minutes <= 0:

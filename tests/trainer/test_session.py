@@ -53,9 +53,10 @@ def config_of(folder: Path, model: Path, server: RunningServer, **changes) -> Se
         "tasks": (0,),
         "ahead": 4,
         "update_every": 6,
+        "offer_every": 1,
         "budget_episodes": 60,
         "lora_rank": 2,
-        "gate": GateConfig(max_episodes=8, envelope=0.99),
+        "gate": GateConfig(max_episodes=16, envelope=0.99),
         "learner": LearnerConfig(
             warm_up=0,
             learning_rate=1e-3,
@@ -169,6 +170,14 @@ def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path
     assert len({episode.start.rollout_id for episode in episodes_of(tmp_path)}) == len(episodes_of(tmp_path))
 
 
+def test_a_candidate_is_so_many_updates_ahead(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: False) as server:
+        with closing(SessionRun(config_of(tmp_path, tiny_vla, server, offer_every=2))) as run:
+            while run.state.candidate is None:
+                assert run.step()
+            assert run.state.counts["updates"] == 2
+
+
 def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path: Path) -> None:
     with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
         config = config_of(tmp_path, tiny_vla, server)
@@ -195,6 +204,7 @@ def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path:
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"update_every": 0}, "update_every must be >= 1, got 0"),
+        ({"offer_every": 0}, "offer_every must be >= 1, got 0"),
         ({"reward": "both"}, "reward_model is for"),
         ({"base_version": 3}, "adapter and base_version are given together"),
         ({"learner": LearnerConfig(average=0.9)}, "average must be 0"),
