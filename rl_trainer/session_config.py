@@ -87,7 +87,7 @@ class SessionConfig:
     reuse: int = 1
     """updates that an episode may have part in"""
     offer_every: int = 3
-    """updates that a candidate is ahead of the one before: a trial takes many episodes, and shows small steps to no one"""
+    """updates that a candidate is ahead of the one before: a trial takes many episodes"""
     lesson_capacity: int = 4096
     """decisions of each kind that are remembered, to be imitated"""
     temperature: float = 0.5

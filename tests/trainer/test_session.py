@@ -171,11 +171,13 @@ def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path
 
 
 def test_a_candidate_is_so_many_updates_ahead(tiny_vla: Path, tmp_path: Path) -> None:
-    with lab(tiny_vla, tmp_path, lambda start: False) as server:
-        with closing(SessionRun(config_of(tmp_path, tiny_vla, server, offer_every=2))) as run:
-            while run.state.candidate is None:
-                assert run.step()
-            assert run.state.counts["updates"] == 2
+    with (
+        lab(tiny_vla, tmp_path, lambda start: False) as server,
+        closing(SessionRun(config_of(tmp_path, tiny_vla, server, offer_every=2))) as run,
+    ):
+        while run.state.candidate is None:
+            assert run.step()
+        assert run.state.counts["updates"] == 2
 
 
 def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path: Path) -> None:
