@@ -210,13 +210,14 @@ def closest(p_a: float, p_b: float, margin: float) -> tuple[float, float]:
     """Of all (q_a, q_b) with q_a <= q_b - margin, what P diverges from least; P itself where it is one of them."""
     if p_a <= p_b - margin:
         return p_a, p_b
+    if not margin:
+        return (p_a + p_b) / 2, (p_a + p_b) / 2
     low, high = 0.0, 1 - margin
-    for _ in range(40 if margin else 0):  # to 1e-12: the divergence from (q, q + margin) is convex in q
+    for _ in range(40):  # to 1e-12: the divergence from (q, q + margin) is convex in q
         q_a, q_b = (low + high) / 2, (low + high) / 2 + margin
         slope = (p_a - q_a) / (q_a * (1 - q_a)) + (p_b - q_b) / (q_b * (1 - q_b))
         low, high = (q_a, high) if slope > 0 else (low, q_a)
-    q_a = (low + high) / 2 if margin else (p_a + p_b) / 2
-    return q_a, q_a + margin
+    return low, low + margin
 
 
 @dataclass(frozen=True, kw_only=True)
