@@ -3,10 +3,10 @@
     python -m benchmarks.sessions --list                    what there is, and what is done
     python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
 
-Three tasks of libero_object, with stand-in visuals.  Success is measured greedy, on fresh states, before and after;
-practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with nano as
-the recipe prepares it for practice (benchmarks/recipe.py), in the world as it is, with that policy's critic and reward
-model.
+Three tasks of libero_object, with stand-in visuals.  Success is measured sampled and greedy, on fresh states, before
+and after; practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with
+nano as the recipe prepares it for practice (benchmarks/recipe.py), with that policy's critic, in the world as it is,
+and its reward model.
 
     before-SHIFT        nano, and nano prepared, in a world (sim/shifts.py)
     all-SEED            a session in the world where all is shifted, and what it leaves, evaluated
@@ -59,7 +59,9 @@ CRITIC = recipe.practised(
 MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
 """Shifts: camera, light, friction and objects changed at once, each by half; and each by itself."""
 SEEDS = (0, 1, 2)
-FRESH_PER_TASK = 50
+FRESH_PER_TASK = 30
+TEMPERATURE = 0.5
+"""Of the sampled evaluation, as of practice.  Greedy episodes of a task hardly differ: its object stands still."""
 EPISODES = 400
 EPISODES_BAD = 200
 CORRECTED = 0.2
@@ -149,13 +151,19 @@ class Lab:
     start: Start
     shift: str
 
-    def evaluated(self, version: int) -> dict[str, Any]:
-        """The report's totals, and each episode's outcome by task and initial state."""
-        out = self.folder / f"evaluated-{version}"
+    def evaluated(self, version: int) -> dict[str, dict[str, Any]]:
+        """Greedy and sampled: the report's totals, and each episode's outcome by task and initial state."""
+        return {
+            name: self._evaluated(version, sampled) for name, sampled in (("greedy", 0.0), ("sampled", TEMPERATURE))
+        }
+
+    def _evaluated(self, version: int, temperature: float) -> dict[str, Any]:
+        out = self.folder / f"evaluated-{version}-{temperature}"
         command = ["sim", "evaluate", "--server", self.at.server, "--suite", SUITE, "--protocol", "fresh"]
         command += ["--tasks", *map(str, TASKS), "--episodes-per-task", str(FRESH_PER_TASK), "--version", str(version)]
         command += ["--shift", self.shift] if self.shift else []
-        subprocess.run([sys.executable, "-m", *command, "--slots", "8", "--videos", "0", "--out", str(out)], check=True)
+        command += ["--temperature", str(temperature), "--slots", "8", "--videos", "0", "--out", str(out)]
+        subprocess.run([sys.executable, "-m", *command], check=True)
         report = json.loads((out / "report.json").read_text())
         episodes = report.pop("episodes")
         return report | {"outcomes": {f"{one['task']}:{one['initial_state']}": one["outcome"] for one in episodes}}
