@@ -66,7 +66,7 @@ class EvaluateConfig:
     episodes_per_task: int = 0
     """Use only the first so many states of the protocol's list; 0: all."""
     shift: str = ""
-    """A shifted world (sim/shifts.py): camera, light, friction, objects or all; none given: the world as it is."""
+    """A shifted world (sim/shifts.py): camera, light, dark, friction, objects, all; none given: as it is."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0

@@ -49,7 +49,7 @@ class LeasingConfig:
     coarse_practice: bool = False
     """Training episodes are drawn with simplified meshes, in a third of the time; evaluations never are."""
     shift: str = ""
-    """A shifted world (sim/shifts.py): camera, light, friction, objects or all; none given: the world as it is."""
+    """A shifted world (sim/shifts.py): camera, light, dark, friction, objects, all; none given: as it is."""
     correction: Correction = field(default_factory=Correction)
     memory_gb: float = 0.0
     """Memory a process may fill before it drops scenes, GiB; 0: a share of the machine's."""

@@ -144,12 +144,14 @@ class Shift:
             change.apply(env)
 
 
-# Fixed for good: a report names a world by these names.  In `all` each change is about half of what it is alone.
+# Fixed for good: a report names a world by these names.  In `all` each change is about half of what it is alone.  What
+# succeeds in the dark does not look.
 SHIFTS: dict[str, Shift] = {
     shift.name: shift
     for shift in (
         Shift(name="camera", changes=(Camera(move_m=(0.0, 0.03, 0.02), turn_deg=(1.0, -2.0, 1.0)),)),
         Shift(name="light", changes=(Light(colour=(0.6, 0.5, 0.4), turn_deg=90.0),)),
+        Shift(name="dark", changes=(Light(colour=(0.0, 0.0, 0.0), turn_deg=0.0),)),
         Shift(name="friction", changes=(Grip(friction=0.5, mass=2.0),)),
         Shift(name="objects", changes=(Distractors(tint=1.0),)),
         Shift(

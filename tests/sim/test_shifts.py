@@ -32,11 +32,12 @@ MASSES = {"body_mass", "body_inertia", "body_subtreemass", "body_invweight0", "d
 CHANGED = {
     "camera": {"cam_pos", "cam_quat"},
     "light": LAMPS,
+    "dark": LAMPS - {"light_pos", "light_dir"},
     "friction": {"geom_friction", *MASSES},
     "objects": {"geom_rgba"},
 }
 CHANGED["all"] = set().union(*CHANGED.values())
-SEEN, FELT = {"camera", "light", "objects", "all"}, {"friction", "all"}
+SEEN, FELT = {"camera", "light", "dark", "objects", "all"}, {"friction", "all"}
 
 BENCH = """
 <mujoco>
@@ -156,7 +157,7 @@ def test_a_task_without_distractors_is_refused() -> None:
     ids=["find_shift", "evaluate", "worker", "arm"],
 )
 def test_an_unknown_name_is_refused_with_the_names_there_are(ask: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match=r"\['all', 'camera', 'friction', 'light', 'objects'\], got 'dusk'"):
+    with pytest.raises(ValueError, match=r"\['all', 'camera', 'dark', 'friction', 'light', 'objects'\], got 'dusk'"):
         ask("dusk")
 
 
