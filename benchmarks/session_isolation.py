@@ -214,7 +214,7 @@ def trainers(config: IsolationConfig, at: At, folder: Path) -> Iterator[None]:
     """Of both sessions, once both are there; the first is killed and resumed at random moments."""
     rng = random.Random(config.seed)
     moments = sorted(rng.uniform(0.1, 0.9) * 60 * config.minutes for _ in range(KILLS))
-    often = SessionConfig(out=folder / "random", at=at, update_every=8, gate=GateConfig(envelope=0.9))
+    often = SessionConfig(out=folder / "random", at=at, update_every=8, offer_every=1, gate=GateConfig(envelope=0.9))
     spoilt = CONTEXT.Process(target=train_random, args=(often,), daemon=True)
     killer = CONTEXT.Process(target=train_and_kill, args=(at, folder / "healthy", moments))
     spoilt.start()
@@ -235,7 +235,7 @@ def trainers(config: IsolationConfig, at: At, folder: Path) -> Iterator[None]:
 
 def train_and_kill(at: At, out: Path, moments: list[float]) -> None:
     """A trainer that is killed at these seconds, and resumed; ends with this process."""
-    trainer, began_s = Trainer(at, out, "--update-every", "8", niceness=YIELD), time.monotonic()
+    trainer, began_s = Trainer(at, out, "--update-every", "8", "--offer-every", "1", niceness=YIELD), time.monotonic()
     for moment_s in moments:
         time.sleep(max(0.0, began_s + moment_s - time.monotonic()))
         trainer.kill()

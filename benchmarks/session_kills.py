@@ -39,7 +39,8 @@ from rl_trainer.session_config import At
 
 Victim = Literal["trainer", "server"]
 SHIFT, SESSION = "all", "killed"
-OPTIONS = ("--update-every", "8", "--learner.warm-up", "0", "--gate.max-episodes", "10", "--budget-episodes", "100000")
+OPTIONS = ("--update-every", "8", "--offer-every", "1", "--learner.warm-up", "0", "--gate.max-episodes", "10")
+OPTIONS += ("--budget-episodes", "100000")
 """Many updates and verdicts: each is a moment that a kill may hit."""
 PRACTICE = ("--suite", SUITE, "--tasks", *map(str, TASKS), "--split", "train_drawn")
 AFTER_S = 30.0
