@@ -153,9 +153,7 @@ class Lab:
 
     def evaluated(self, version: int) -> dict[str, dict[str, Any]]:
         """Greedy and sampled: the report's totals, and each episode's outcome by task and initial state."""
-        return {
-            name: self._evaluated(version, sampled) for name, sampled in (("greedy", 0.0), ("sampled", TEMPERATURE))
-        }
+        return {"greedy": self._evaluated(version, 0.0), "sampled": self._evaluated(version, TEMPERATURE)}
 
     def _evaluated(self, version: int, temperature: float) -> dict[str, Any]:
         out = self.folder / f"evaluated-{version}-{temperature}"
