@@ -14,7 +14,6 @@ Intervals are Clopper and Pearson's at 95 %.  Prints a table, writes benchmarks/
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -130,7 +129,7 @@ class Law:
 def main(config: GateConfig) -> int:
     streams = [(world, config.streams) for world in SUCCESS_WORLDS]
     streams += [(world, config.trouble_streams) for world in TROUBLE_WORLDS]
-    with ProcessPoolExecutor(initializer=os.nice, initargs=(10,)) as pool:
+    with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(measured, *job, config.rule, (config.seed, n)) for n, job in enumerate(streams)]
         rows = [job.result() for job in jobs]
     laws = laws_of(rows, config.rule)

@@ -295,18 +295,22 @@ def take(step: Step, runs: Path) -> Path:
 
 
 def evaluate(evaluation: Evaluation, model: str) -> dict:
-    """The report's totals, and each episode's outcome by task and initial state."""
+    """Of a model, which is served for it."""
     with tempfile.TemporaryDirectory() as out, served(model=model) as address:
-        _run(
-            *("sim", "evaluate", "--server", address, "--suite", evaluation.suite, "--protocol", evaluation.protocol),
-            *("--episodes-per-task", str(evaluation.episodes_per_task), "--temperature", str(evaluation.temperature)),
-            *("--slots", "8", "--videos", "0", "--out", out),
-            *(("--tasks", *map(str, evaluation.tasks)) if evaluation.tasks else ()),
-        )
-        report = json.loads((Path(out) / "report.json").read_text())
-    episodes = report.pop("episodes")
-    report["outcomes"] = {f"{one['task']}:{one['initial_state']}": one["outcome"] for one in episodes}
-    return report
+        return report(evaluation, address, Path(out))
+
+
+def report(evaluation: Evaluation, server: str, out: Path, *options: str) -> dict:
+    """The report's totals, and each episode's outcome by task and initial state."""
+    _run(
+        *("sim", "evaluate", "--server", server, "--suite", evaluation.suite, "--protocol", evaluation.protocol),
+        *("--episodes-per-task", str(evaluation.episodes_per_task), "--temperature", str(evaluation.temperature)),
+        *("--slots", "8", "--videos", "0", "--out", str(out), *options),
+        *(("--tasks", *map(str, evaluation.tasks)) if evaluation.tasks else ()),
+    )
+    whole = json.loads((out / "report.json").read_text())
+    episodes = whole.pop("episodes")
+    return whole | {"outcomes": {f"{one['task']}:{one['initial_state']}": one["outcome"] for one in episodes}}
 
 
 def _run(*command: str) -> None:

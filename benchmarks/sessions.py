@@ -22,7 +22,6 @@ of the trainer.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -152,19 +151,15 @@ class Lab:
     shift: str
 
     def evaluated(self, version: int) -> dict[str, dict[str, Any]]:
-        """Greedy and sampled: the report's totals, and each episode's outcome by task and initial state."""
-        return {"greedy": self._evaluated(version, 0.0), "sampled": self._evaluated(version, TEMPERATURE)}
-
-    def _evaluated(self, version: int, temperature: float) -> dict[str, Any]:
-        out = self.folder / f"evaluated-{version}-{temperature}"
-        command = ["sim", "evaluate", "--server", self.at.server, "--suite", SUITE, "--protocol", "fresh"]
-        command += ["--tasks", *map(str, TASKS), "--episodes-per-task", str(FRESH_PER_TASK), "--version", str(version)]
-        command += ["--shift", self.shift] if self.shift else []
-        command += ["--temperature", str(temperature), "--slots", "8", "--videos", "0", "--out", str(out)]
-        subprocess.run([sys.executable, "-m", *command], check=True)
-        report = json.loads((out / "report.json").read_text())
-        episodes = report.pop("episodes")
-        return report | {"outcomes": {f"{one['task']}:{one['initial_state']}": one["outcome"] for one in episodes}}
+        """Sampled and greedy, as recipe.report() gives it."""
+        options = ["--version", str(version), *(["--shift", self.shift] if self.shift else [])]
+        how = {"suite": SUITE, "protocol": "fresh", "episodes_per_task": FRESH_PER_TASK, "tasks": TASKS}
+        reports = {}
+        for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
+            out = self.folder / f"evaluated-{version}-{name}"
+            evaluation = recipe.Evaluation(temperature=temperature, **how)
+            reports[name] = recipe.report(evaluation, self.at.server, out, *options)
+        return reports
 
     @contextmanager
     def practising(self, corrected: float) -> Iterator[None]:

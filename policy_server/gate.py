@@ -34,9 +34,8 @@ Krichevsky and Trofimov 1981, The performance of universal encoding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -112,27 +111,6 @@ class Trial:
         return (self.holds + self.clips) / max(self.ticks, 1)
 
 
-class Counts(NamedTuple):
-    """So many successes, or whatever is counted, among so many episodes."""
-
-    successes: int
-    episodes: int
-
-    @property
-    def rate(self) -> float:
-        """0 without episodes."""
-        return self.successes / max(self.episodes, 1)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's at 95 %, to be shown: no verdict rests on it.  All of [0, 1] without episodes."""
-        if not self.episodes:
-            return 0.0, 1.0
-        n, p, z2 = self.episodes, self.rate, Z_95**2
-        middle, reach = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, (middle - reach) / (1 + z2 / n)), min(1.0, (middle + reach) / (1 + z2 / n))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tally:
     """What came of a version's episodes since the candidate began, in whatever order."""
@@ -146,14 +124,6 @@ class Tally:
     holds: int = 0
     clips: int = 0
 
-    @classmethod
-    def of(cls, trials: Iterable[Trial]) -> Tally:
-        """Of these episodes."""
-        tally = cls()
-        for trial in trials:
-            tally = tally.plus(trial)
-        return tally
-
     def plus(self, trial: Trial) -> Tally:
         """With one episode more."""
         return Tally(
@@ -166,9 +136,13 @@ class Tally:
         )
 
     @property
-    def outcomes(self) -> Counts:
-        """Successes among episodes."""
-        return Counts(self.successes, self.episodes)
+    def interval(self) -> tuple[float, float]:
+        """Of its success: Wilson's at 95 %, to be shown: no verdict rests on it.  All of [0, 1] without episodes."""
+        if not self.episodes:
+            return 0.0, 1.0
+        n, p, z2 = self.episodes, self.successes / self.episodes, Z_95**2
+        middle, reach = p + z2 / (2 * n), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        return max(0.0, (middle - reach) / (1 + z2 / n)), min(1.0, (middle + reach) / (1 + z2 / n))
 
     @property
     def trouble(self) -> float:
@@ -197,13 +171,7 @@ class Evidence:
         p_a, p_b = (self.of_a + 0.5) / (self.pairs + 1), (self.of_b + 0.5) / (self.pairs + 1)
         q_a, q_b = closest(p_a, p_b, self.margin)
         gain = math.log(p_a / q_a if a else (1 - p_a) / (1 - q_a)) + math.log(p_b / q_b if b else (1 - p_b) / (1 - q_b))
-        return Evidence(
-            margin=self.margin,
-            pairs=self.pairs + 1,
-            of_a=self.of_a + a,
-            of_b=self.of_b + b,
-            log_e=self.log_e + gain,
-        )
+        return replace(self, pairs=self.pairs + 1, of_a=self.of_a + a, of_b=self.of_b + b, log_e=self.log_e + gain)
 
 
 def closest(p_a: float, p_b: float, margin: float) -> tuple[float, float]:

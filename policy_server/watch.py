@@ -210,7 +210,7 @@ def _counted(tally: Tally) -> dict[str, Any]:
     return {
         "episodes": tally.episodes,
         "successes": tally.successes,
-        "interval": tally.outcomes.interval,
+        "interval": tally.interval,
         "interventions": tally.interventions,
         "trouble": tally.trouble,
     }

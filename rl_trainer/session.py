@@ -177,11 +177,7 @@ class SessionRun:
                 return True
             if self._new >= self.config.update_every:
                 self.improve()
-            if (
-                self.state.candidate is None
-                and self.state.version == UNNAMED
-                and self._ahead >= self.config.offer_every
-            ):
+            if self._due:
                 self._put_forward()
         return True
 
@@ -313,9 +309,11 @@ class SessionRun:
         return sum(uses == 0 for uses in self.state.pool.values())
 
     @property
-    def _ahead(self) -> int:
-        """Updates that no candidate has."""
-        return self.state.counts["updates"] - self.state.counts["settled"]
+    def _due(self) -> bool:
+        """Nothing is on trial, and the learner is far enough ahead of what was."""
+        state = self.state
+        ahead = state.counts["updates"] - state.counts["settled"]
+        return state.candidate is None and state.version == UNNAMED and ahead >= self.config.offer_every
 
     def _rewards(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
         rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=self.config.learner.reward_gamma)

@@ -14,7 +14,6 @@ from policy_server.gate import (
     Evidence,
     GateRule,
     Judgement,
-    Tally,
     Trial,
     closest,
     judge,
@@ -24,7 +23,6 @@ from policy_server.gate import (
 RULE = GateRule()
 STREAMS = 400
 GRID = np.linspace(0.001, 0.999, 500)
-STUCK, CALM = Trial(success=True, ticks=100, clips=75), Trial(success=True, ticks=100, clips=5)
 
 
 def trials(successes: int, episodes: int, *, clips: int = 0) -> list[Trial]:
@@ -94,33 +92,29 @@ def test_nothing_is_shown_while_one_of_the_two_has_no_episode():
     assert judged([], trials(most, most, clips=90)).verdict == judged(trials(99, 99), []).verdict == "open"
 
 
-def shares(live: tuple[Trial, Trial], candidate: tuple[Trial, Trial], p_2: tuple[float, float]) -> dict[str, float]:
-    """Verdict -> share of STREAMS streams that end with it, judged after every episode.
-
-    live, candidate: what an episode is, with the probability in p_2, and else.
-    """
+def shares(this: Trial, other: Trial, p_live: float, p_candidate: float) -> dict[str, float]:
+    """Verdict -> share of STREAMS streams that end with it, judged after every episode: `this` with probability p."""
     rng = np.random.default_rng(0)
-    ends = [first_verdict((live, candidate), p_2, rng) for _ in range(STREAMS)]
+    ends = [first_verdict((this, other), (p_live, p_candidate), rng) for _ in range(STREAMS)]
     return {verdict: ends.count(verdict) / STREAMS for verdict in ("promote", "roll back", "undecided")}
 
 
-def first_verdict(kinds_2: tuple, p_2: tuple[float, float], rng: np.random.Generator) -> str:
+def first_verdict(kinds: tuple[Trial, Trial], p_2: tuple[float, float], rng: np.random.Generator) -> str:
     comparison = Comparison.under(RULE)
     while (verdict := judge(RULE, comparison).verdict) == "open":
         whose = takes_candidate(RULE, rng.random())
-        this, other = kinds_2[whose]
-        comparison = comparison.plus(this if rng.random() < p_2[whose] else other, of_candidate=whose)
+        comparison = comparison.plus(kinds[rng.random() >= p_2[whose]], of_candidate=whose)
     return verdict
 
 
 def successes(p_live: float, p_candidate: float) -> dict[str, float]:
-    won, lost = Trial(success=True, ticks=100), Trial(success=False, ticks=100)
-    return shares((won, lost), (won, lost), (p_live, p_candidate))
+    return shares(Trial(success=True, ticks=100), Trial(success=False, ticks=100), p_live, p_candidate)
 
 
 def stuck(p_live: float, p_candidate: float) -> dict[str, float]:
     """All succeed; some are clipped in 75 of 100 ticks, above seven levels, the others in 5, above none."""
-    return shares((STUCK, CALM), (STUCK, CALM), (p_live, p_candidate))
+    often, seldom = (Trial(success=True, ticks=100, clips=clips) for clips in (75, 5))
+    return shares(often, seldom, p_live, p_candidate)
 
 
 @pytest.mark.parametrize("p_live", [0.2, 0.5, 0.8, 0.95])
@@ -184,7 +178,7 @@ def test_an_equal_rate_of_trouble_never_rolls_back_nor_does_a_rise_that_is_none(
 
 def test_a_success_after_a_takeover_is_none_of_the_policys():
     helped = [Trial(success=True, intervened=True, ticks=100)] * 30
-    tally = Tally.of(helped)
+    tally = judged([], helped).candidate
     assert (tally.episodes, tally.successes, tally.interventions) == (30, 0, 30)
     assert judged(trials(15, 30), helped).verdict == judged(trials(15, 30), trials(0, 30)).verdict == "roll back"
 
