@@ -3,8 +3,9 @@
     python -m benchmarks.sessions --list                    what there is, and what is done
     python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
 
-Three tasks of libero_object, with stand-in visuals.  Success is measured sampled and greedy, on fresh states, before
-and after; practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins with
+Three tasks of libero_object, with stand-in visuals.  Success is measured on fresh states, before and after: sampled as
+the session's robots play, which is what is judged, and greedy; practice is on fixed and drawn states of the train
+split, sampled, with coarse meshes.  A session begins with
 nano as the recipe prepares it for practice (benchmarks/recipe.py), with that policy's critic, in the world as it is,
 and its reward model.
 
@@ -62,7 +63,8 @@ FRESH_PER_TASK = 30
 TEMPERATURE = 0.5
 """Of the sampled evaluation, as of practice.  Greedy episodes of a task hardly differ: its object stands still."""
 EPISODES = 400
-EPISODES_BAD = 200
+EPISODES_BAD, OFFER_BAD = 200, 2
+"""Of trainers that go wrong; candidates come often, so that there are some."""
 CORRECTED = 0.2
 FAST = 30
 FOR_WORKERS = ("--max-batch", "16", "--max-wait-ms", str(BATCH_WAIT_MS))
@@ -256,6 +258,8 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
         seed=experiment.seed,
     )
     learner = replace(config.learner, warm_up=1)
+    if experiment.trainer != "healthy":
+        config = replace(config, offer_every=OFFER_BAD)
     if experiment.trainer == "fast":
         learner = replace(learner, learning_rate=FAST * learner.learning_rate)
     if experiment.trainer == "shuffled":

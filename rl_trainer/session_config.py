@@ -86,8 +86,8 @@ class SessionConfig:
     """new episodes that an update waits for"""
     reuse: int = 1
     """updates that an episode may have part in"""
-    offer_every: int = 3
-    """updates that a candidate is ahead of the one before: a trial takes many episodes"""
+    offer_every: int = 6
+    """updates that a candidate is ahead of the one before: a trial takes many episodes, most where little differs"""
     lesson_capacity: int = 4096
     """decisions of each kind that are remembered, to be imitated"""
     temperature: float = 0.5
@@ -106,14 +106,15 @@ class SessionConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
-            learning_rate=1e-3,
+            learning_rate=7e-4,
             warm_up=3,
             gamma=0.998,
             lambda_=0.6,
             critic_learning_rate=1e-3,
             critic_epochs=8,
+            epochs=4,
             minibatch=256,
-            target_kl=0.1,
+            target_kl=0.3,
             success_weight=0.1,
             intervention_weight=1.0,
             # Who played may be some updates behind; a critic that begins at 0 has far to go.
