@@ -31,7 +31,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import strategies as st
 
-from protos import admin_pb2, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2
+from protos import admin_pb2, episode_pb2, policy_pb2, policy_pb2_grpc, rollout_pb2, session_pb2, session_pb2_grpc
 from protos.codec import encode_image, encode_tensor
 
 REFUSAL_KEY = "vla-rl-refusal-bin"
@@ -53,9 +53,17 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HERE = "the-open-episode-of-test"
 """Stands for the id of an episode that is opened for the request, and is as long as one."""
 
+SESSION = session_pb2.StartSessionRequest(session_id="fuzz", task="fuzz", temperature=0.5)
+"""There from the beginning on."""
+
 SERVICES = {
     name: module.DESCRIPTOR.services_by_name[name]
-    for module, name in ((policy_pb2, "Policy"), (rollout_pb2, "Rollouts"), (admin_pb2, "Admin"))
+    for module, name in (
+        (policy_pb2, "Policy"),
+        (rollout_pb2, "Rollouts"),
+        (admin_pb2, "Admin"),
+        (session_pb2, "Sessions"),
+    )
 }
 METHODS = {
     f"/{service.full_name}/{method.name}": method
@@ -63,6 +71,9 @@ METHODS = {
     for method in service.methods
     if method.name not in ("Drain", "Sleep")  # they would be obeyed
 }
+ON_ADMIN_PORT = ("/vla_rl.Admin/", "/vla_rl.Sessions/")
+UNSURE = ("/PublishWeights", "/OfferCandidate", "/ControlSession")
+"""What a valid one gets is another's doing too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +110,7 @@ def _one_of(methods: Iterable[str]) -> st.SearchStrategy[str]:
 
 
 def _shot(kind: str, method: str, requests: Sequence[Message | bytes], blame: tuple[str, ...] = ()) -> Shot:
-    return Shot(kind=kind, method=method, admin=".Admin/" in method, requests=requests, blame=blame)
+    return Shot(kind=kind, method=method, admin=method.startswith(ON_ADMIN_PORT), requests=requests, blame=blame)
 
 
 def _mutated(method: str, base: Sequence[Message]) -> st.SearchStrategy[Shot]:
@@ -261,6 +272,13 @@ def valid_requests(spec: policy_pb2.PolicySpec, number: int = 0) -> dict[str, Se
             admin_pb2.PublishWeightsRequest(header=header),
             admin_pb2.PublishWeightsRequest(data=data),
         ],
+        "/vla_rl.Sessions/StartSession": [SESSION],
+        "/vla_rl.Sessions/ListSessions": [session_pb2.ListSessionsRequest()],
+        "/vla_rl.Sessions/GetSession": [session_pb2.GetSessionRequest(session_id=SESSION.session_id)],
+        "/vla_rl.Sessions/OfferCandidate": [session_pb2.OfferCandidateRequest(session_id=SESSION.session_id)],
+        "/vla_rl.Sessions/ControlSession": [
+            session_pb2.ControlSessionRequest(session_id=SESSION.session_id, control=session_pb2.CONTROL_PAUSE)
+        ],
     }
 
 
@@ -308,6 +326,16 @@ def spoiled_requests(spec: policy_pb2.PolicySpec, number: int = 0) -> list[Spoil
         ("Admin/PublishWeights", "header.bytes", lambda r: setattr(r.header, "bytes", 2**60)),
         ("Admin/PublishWeights", "header.parent", lambda r: setattr(r.header, "parent", 2**60)),
         ("Admin/PublishWeights", "data", lambda r: setattr(r.header, "sha256", "0" * 64)),
+        ("Sessions/StartSession", "session_id", lambda r: setattr(r, "session_id", "../x")),
+        ("Sessions/StartSession", "task", lambda r: setattr(r, "task", "x" * 501)),
+        ("Sessions/StartSession", "temperature", lambda r: setattr(r, "temperature", nan)),
+        ("Sessions/StartSession", "base_version", lambda r: setattr(r, "base_version", 2**60)),
+        ("Sessions/StartSession", "rule", lambda r: setattr(r.rule, "margin", nan)),
+        ("Sessions/GetSession", "session_id", lambda r: setattr(r, "session_id", "nobody's")),
+        ("Sessions/OfferCandidate", "session_id", lambda r: setattr(r, "session_id", "nobody's")),
+        ("Sessions/OfferCandidate", "version", lambda r: setattr(r, "version", 2**60)),
+        ("Sessions/ControlSession", "session_id", lambda r: setattr(r, "session_id", "nobody's")),
+        ("Sessions/ControlSession", "control", lambda r: setattr(r, "control", 99)),
     ]
     if spec.state:
         wrong = encode_tensor(np.full(len(spec.state), np.inf, np.float32))
@@ -335,6 +363,7 @@ class Range:
         self._channels = [grpc.insecure_channel(each) for each in self._addresses]
         self._policy = policy_pb2_grpc.PolicyStub(self._channels[0])
         self.spec = self._policy.GetSpec(policy_pb2.GetSpecRequest(), timeout=DEADLINE_S)
+        session_pb2_grpc.SessionsStub(self._channels[True]).StartSession(SESSION, timeout=DEADLINE_S)
         self.fired: Counter[str] = Counter()
         """by kind"""
         self.codes: Counter[str] = Counter()
@@ -434,7 +463,7 @@ def _in_episode(request: Message | bytes, episode_id: str) -> bytes:
 def _wrong(shot: Shot, refusal: policy_pb2.Refusal) -> str:
     """What is wrong with a refusal."""
     said = f"{_name(refusal.code)} {refusal.field!r}: {refusal.message}"
-    if shot.kind == "valid" and not shot.method.endswith("/PublishWeights"):
+    if shot.kind == "valid" and not shot.method.endswith(UNSURE):
         return f"a valid request was refused: {said}"
     if refusal.code not in CONTRACT:
         return f"a code that is not in the contract: {said}"
