@@ -69,6 +69,8 @@ class EvaluateConfig:
     """A shifted world (sim/shifts.py): camera, light, dark, friction, objects, all; none given: as it is."""
     temperature: float = 0.0
     """0 is greedy."""
+    noise_correlation: float = 0.0
+    """How much of the sampling noise the ticks of a chunk share, in [0, 1), as in practice."""
     seed: int = 0
     """Episodes sample from streams derived from this seed, their task and their state."""
     replan_after: int = 0
@@ -99,6 +101,8 @@ class EvaluateConfig:
         for name in ("episodes_per_task", "temperature", "replan_after", "videos"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.noise_correlation < 1:
+            raise ValueError(f"noise_correlation must be in [0, 1), got {self.noise_correlation}")
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"max_error_share must be in [0, 1], got {self.max_error_share}")
 
@@ -120,6 +124,7 @@ def plan(config: EvaluateConfig, suite: Suite, version: int) -> list[Rollout]:
             task=Task(name=task.id, instruction=task.instruction, initial_state=state, max_ticks=task.max_ticks),
             seed=episode_seed(config.seed, task.id, state),
             temperature=config.temperature,
+            noise_correlation=config.noise_correlation,
             purpose="evaluate",
             version=version,
         )
@@ -225,6 +230,7 @@ def report_of(
         unnorm_key=message.unnorm_key,
         assets=shown_assets(suite, find_shift(config.shift)),
         temperature=config.temperature,
+        noise_correlation=config.noise_correlation,
         seed=config.seed,
         processes=config.processes,
         slots=config.slots,

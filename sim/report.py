@@ -131,6 +131,8 @@ class Report:
     """what was on screen, e.g. "LIBERO with stand-in visuals" """
     temperature: float
     """0 is greedy"""
+    noise_correlation: float = 0.0
+    """how much of the noise the ticks of a chunk share"""
     seed: int
     """what the episodes' own seeds are derived from"""
     processes: int
@@ -159,7 +161,10 @@ class Report:
 
     @property
     def sampling(self) -> str:
-        return "greedy" if self.temperature == 0 else f"sampled at temperature {self.temperature:g}, seed {self.seed}"
+        if self.temperature == 0:
+            return "greedy"
+        shared = f", noise correlated by {self.noise_correlation:g}" if self.noise_correlation else ""
+        return f"sampled at temperature {self.temperature:g}{shared}, seed {self.seed}"
 
     @property
     def chunks(self) -> str:

@@ -41,7 +41,8 @@ def test_every_task_gets_every_state_of_the_protocol_once():
 def test_an_evaluation_is_greedy_unless_told_otherwise():
     """Defect 10."""
     assert {rollout.temperature for rollout in plan(config(), ROBOSUITE, 0)} == {0}
-    assert {rollout.temperature for rollout in plan(config(temperature=1.5), ROBOSUITE, 0)} == {1.5}
+    sampled = plan(config(temperature=1.5, noise_correlation=0.5), ROBOSUITE, 0)
+    assert {(rollout.temperature, rollout.noise_correlation) for rollout in sampled} == {(1.5, 0.5)}
 
 
 def test_episodes_per_task_takes_the_first_states_and_says_so():
@@ -109,7 +110,11 @@ def test_missing_episodes_fail_the_command():
 
 
 @pytest.mark.parametrize(
-    "change", [{"slots": 0}, {"processes": 0}, {"temperature": -1.0}, {"max_error_share": 2.0}, {"videos": -1}]
+    "change",
+    [
+        *({"slots": 0}, {"processes": 0}, {"temperature": -1.0}, {"noise_correlation": 1.0}),
+        *({"max_error_share": 2.0}, {"videos": -1}),
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(change):
     (name, got), *_ = change.items()

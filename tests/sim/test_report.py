@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,8 @@ def test_the_files_say_what_was_evaluated(tmp_path):
     found.save(tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["assets"] == "LIBERO with stand-in visuals" and data["sampling"] == "greedy"
+    sampled = replace(found, temperature=0.5, noise_correlation=0.9, seed=2)
+    assert sampled.sampling == "sampled at temperature 0.5, noise correlated by 0.9, seed 2"
     assert (data["model"], data["version"], data["base_fingerprint"]) == ("nano", 3, "ab" * 32)
     assert data["overall"]["successes"] == 1 and data["overall"]["n"] == 2 and data["overall"]["errors"] == 1
     assert data["tasks"]["libero_object/0"]["states"] == {"40": "success", "41": "failure"}
