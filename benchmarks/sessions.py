@@ -62,7 +62,8 @@ MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
 SEEDS = (0, 1, 2)
 FRESH_PER_TASK = 30
 TEMPERATURE = 0.5
-"""Of the sampled evaluation, as of practice, and with its noise.  Greedy episodes of a task hardly differ: its object stands still."""
+"""Of the sampled evaluation, as of practice, and with its noise.  Greedy episodes of a task hardly differ: its object
+stands still."""
 EPISODES = 400
 EPISODES_BAD, OFFER_BAD = 200, 2
 """Of trainers that go wrong; candidates come often, so that there are some."""
