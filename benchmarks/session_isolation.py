@@ -37,8 +37,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.session_kills import TASKS, Trainer
-from benchmarks.sessions import SUITE, Start, lab, spoil
+from benchmarks.session_kills import Trainer
+from benchmarks.sessions import SUITE, TASKS, Start, lab, spoil
 from protos import episode_pb2
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, SessionRun

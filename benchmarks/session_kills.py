@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import psutil
 import tyro
 
-from benchmarks.sessions import SUITE, Lab, Start, lab
+from benchmarks.sessions import SUITE, TASKS, Lab, Start, lab
 from protos import admin_pb2, admin_pb2_grpc, session_pb2
 from protos.channel import dial
 from rl_trainer.launch import die_with_parent
@@ -42,7 +42,6 @@ SHIFT, SESSION = "all", "killed"
 OPTIONS = ("--update-every", "8", "--offer-every", "1", "--learner.warm-up", "0", "--gate.max-episodes", "10")
 OPTIONS += ("--budget-episodes", "100000")
 """Many updates and verdicts: each is a moment that a kill may hit."""
-TASKS = (0, 4, 8)
 PRACTICE = ("--suite", SUITE, "--tasks", *map(str, TASKS), "--split", "train_drawn")
 AFTER_S = 30.0
 """Between the last kill and the end."""

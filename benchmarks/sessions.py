@@ -1,17 +1,17 @@
 """Sessions on simulated robots in shifted worlds: one resumable list, fixed before its first run.
 
     python -m benchmarks.sessions --list                    what there is, and what is done
-    python -m benchmarks.sessions [--only all-0] [--hours 2]   runs what is not done, in the list's order
+    python -m benchmarks.sessions [--only all-2-0] [--hours 2]   runs what is not done, in the list's order
 
-A robot has one task, of libero_object, with stand-in visuals: of the seven that sessions were not tuned on, the one at
-which the prepared policy succeeded least often in the world where all is shifted (FIGURES, "Tries at sessions").
-Success is measured on fresh states, before and after: sampled as the session's robots play, which is what is judged,
-and greedy.  Practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A session begins
-with nano as the recipe prepares it for practice (benchmarks/recipe.py), with that policy's critic, in the world as it
-is, and its reward model.
+A robot has one task, of libero_object, with stand-in visuals.  TASKS are, of the seven that sessions were not tuned on,
+the three at which the prepared policy succeeded least often in the world where all is shifted (FIGURES, "Tries at
+sessions").  Success is measured on fresh states, before and after: sampled as the session's robots play, which is what
+is judged, and greedy.  Practice is on fixed and drawn states of the train split, sampled, with coarse meshes.  A
+session begins with nano as the recipe prepares it for practice (benchmarks/recipe.py), with that policy's critic, in
+the world as it is, and its reward model.
 
-    before-SHIFT        nano, and nano prepared, in a world (sim/shifts.py)
-    all-SEED            a session in the world where all is shifted, and what it leaves, evaluated
+    before-SHIFT        nano, and nano prepared, at the three tasks in a world (sim/shifts.py)
+    all-TASK-SEED       a session in the world where all is shifted, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
     corrected-, ignored-SEED          an expert takes over in a fifth of the episodes; lessons made of it, or none
@@ -23,6 +23,7 @@ of the trainer.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -50,23 +51,23 @@ from rl_trainer.train_config import STATE
 from sim.evaluate import WORKER_ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results" / "sessions"
-SUITE, TASK = "libero_object", 2
+SUITE, TASKS = "libero_object", (2, 3, 7)
 CRITIC = recipe.practised(
     "object-critic",
     SUITE,
     {**recipe.DRAWN, "iterations": "6", "learner.warm-up": "6", "evaluate-every": "0"},
 )
 """Its policy stays as it was prepared."""
-MAIN, OTHERS = "all", ("camera", "light", "friction", "objects")
-"""Shifts: camera, light, friction and objects changed at once, each by half; and each by itself."""
+SHIFT = "all"
+"""Camera, light, friction and objects changed at once."""
 SEEDS = (0, 1, 2)
-FRESH = 90
+FRESH_PER_TASK = 60
 TEMPERATURE = 0.5
 """Of the sampled evaluation, as of practice, and with its noise.  Greedy episodes hardly differ: the object stands
 still."""
 EPISODES = 400
-EPISODES_BAD, OFFER_BAD = 200, 2
-"""Of trainers that go wrong; candidates come often, so that there are some."""
+SPOILT_TASK, EPISODES_BAD, OFFER_BAD = 3, 200, 2
+"""Of trainers that go wrong: where there is success to be lost; candidates come often, so that there are some."""
 CORRECTED = 0.2
 FAST = 30
 FOR_WORKERS = ("--max-batch", "16", "--max-wait-ms", str(BATCH_WAIT_MS))
@@ -80,6 +81,8 @@ class Experiment:
     name: str
     shift: str
     trainer: Trainer | None = "healthy"
+    task: int = TASKS[0]
+    """the session's"""
     seed: int = 0
     episodes: int = EPISODES
     corrected: float = 0.0
@@ -94,7 +97,8 @@ def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
     for seed in SEEDS:
         for trainer in trainers:
             name = f"{trainer}-{seed}"
-            yield Experiment(name=name, shift=MAIN, trainer=trainer, seed=seed, episodes=EPISODES_BAD, evaluated=False)
+            how = {"shift": SHIFT, "task": SPOILT_TASK, "episodes": EPISODES_BAD, "evaluated": False}
+            yield Experiment(name=name, trainer=trainer, seed=seed, **how)
 
 
 def corrected() -> Iterator[Experiment]:
@@ -102,13 +106,16 @@ def corrected() -> Iterator[Experiment]:
     for seed in SEEDS:
         for name, weight in (("corrected", None), ("ignored", 0.0)):
             yield Experiment(
-                name=f"{name}-{seed}", shift=MAIN, seed=seed, corrected=CORRECTED, intervention_weight=weight
+                name=f"{name}-{seed}", shift=SHIFT, seed=seed, corrected=CORRECTED, intervention_weight=weight
             )
 
 
 EXPERIMENTS = (
-    *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in ("", MAIN, *OTHERS)),
-    *(Experiment(name=f"{MAIN}-{seed}", shift=MAIN, seed=seed) for seed in SEEDS),
+    *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in (SHIFT, "")),
+    *(
+        Experiment(name=f"all-{task}-{seed}", shift=SHIFT, task=task, seed=seed)
+        for seed, task in itertools.product(SEEDS, TASKS)
+    ),
     *spoilt("fast", "shuffled", "random"),
     *corrected(),
 )
@@ -154,10 +161,10 @@ class Lab:
     start: Start
     shift: str
 
-    def evaluated(self, version: int) -> dict[str, dict[str, Any]]:
+    def evaluated(self, version: int, *tasks: int) -> dict[str, dict[str, Any]]:
         """Sampled and greedy, as recipe.report() gives it."""
         options = ["--version", str(version), *(["--shift", self.shift] if self.shift else [])]
-        how = {"suite": SUITE, "protocol": "fresh", "episodes_per_task": FRESH, "tasks": (TASK,)}
+        how = {"suite": SUITE, "protocol": "fresh", "episodes_per_task": FRESH_PER_TASK, "tasks": tasks}
         reports = {}
         practised = ("--noise-correlation", str(recipe.CORRELATION))
         for name, temperature, noise in (("greedy", 0.0, ()), ("sampled", TEMPERATURE, practised)):
@@ -217,7 +224,7 @@ def carry_out(experiment: Experiment, start: Start) -> dict[str, Any]:
         evaluations = {}
         for name, one in (("nano", Start(model="nano")), ("prepared", start)):
             with lab(one, experiment.shift) as here:
-                evaluations[name] = here.evaluated(0)
+                evaluations[name] = here.evaluated(0, *TASKS)
         return {"evaluations": evaluations}
     with lab(start, experiment.shift) as here:
         return have_session(experiment, here)
@@ -239,7 +246,7 @@ def have_session(experiment: Experiment, here: Lab) -> dict[str, Any]:
             for event in session.log
         ],
         "curve": [json.loads(line) for line in (config.out / "curve.jsonl").open()],
-        "evaluation": here.evaluated(session.live_version) if experiment.evaluated else None,
+        "evaluation": here.evaluated(session.live_version, experiment.task) if experiment.evaluated else None,
     }
 
 
@@ -252,10 +259,10 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
         critic=here.start.critic,
         reward="both",
         reward_model=here.start.reward_model,
-        task=f"{SUITE}/{TASK}",
+        task=f"{SUITE}/{experiment.task}",
         budget_episodes=experiment.episodes,
         suite=SUITE,
-        tasks=(TASK,),
+        tasks=(experiment.task,),
         split="train_drawn",
         curriculum=CurriculumConfig(rule="uniform"),  # the curve of the episodes is one of the policy
         seed=experiment.seed,
