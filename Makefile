@@ -19,7 +19,7 @@ serve: .venv/server.done
 install: .venv/trainer.done
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 demo: .venv/sim.done
 	$(BIN)/python -m sim demo $(ARGS)
