@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -29,8 +31,11 @@ class ScriptedModel:
     spec = policy_spec()
     first, lanes = None, 1
 
+    def __init__(self):
+        self.arrived = threading.Event()
+
     def prepare(self, observed):
-        return None
+        self.arrived.set()
 
     def watch(self, gone) -> None:
         pass
@@ -59,8 +64,13 @@ def episodes(tmp_path):
 
 
 @pytest.fixture
-def server(episodes):
-    with serving(ScriptedModel(), episodes=episodes) as server:
+def model():
+    return ScriptedModel()
+
+
+@pytest.fixture
+def server(episodes, model):
+    with serving(model, episodes=episodes) as server:
         yield server
 
 
@@ -132,9 +142,11 @@ def test_refusals_of_the_server_are_typed_and_name_the_field(client):
         client.act(opened, 7, LOOK)
 
 
-def test_a_newer_observation_supersedes_an_older_one_or_comes_too_late_to(client):
+def test_a_newer_observation_supersedes_an_older_one_or_comes_too_late_to(client, model):
     opened = client.start_episode(rollout_of(), spec_of()).episode_id
-    older, newer = client.ask(opened, 0, LOOK), client.ask(opened, 1, LOOK)
+    older = client.ask(opened, 0, LOOK)
+    assert model.arrived.wait(5)  # two unary calls may overtake each other
+    newer = client.ask(opened, 1, LOOK)
     assert newer.result(5).decision == 1
     error = older.exception(5)
     assert error is None or isinstance(error, Superseded | BadRequest)
