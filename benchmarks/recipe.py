@@ -34,6 +34,7 @@ class Evaluation:
     """states that were neither trained nor tuned on: held_out or fresh"""
     episodes_per_task: int
     temperature: float = 0.0
+    noise_correlation: float = 0.0
     tasks: tuple[int, ...] = ()
     """none: all"""
 
@@ -305,6 +306,7 @@ def report(evaluation: Evaluation, server: str, out: Path, *options: str) -> dic
     _run(
         *("sim", "evaluate", "--server", server, "--suite", evaluation.suite, "--protocol", evaluation.protocol),
         *("--episodes-per-task", str(evaluation.episodes_per_task), "--temperature", str(evaluation.temperature)),
+        *("--noise-correlation", str(evaluation.noise_correlation)),
         *("--slots", "8", "--videos", "0", "--out", str(out), *options),
         *(("--tasks", *map(str, evaluation.tasks)) if evaluation.tasks else ()),
     )

@@ -62,9 +62,8 @@ SHIFT = "all"
 """Camera, light, friction and objects changed at once."""
 SEEDS = (0, 1, 2)
 FRESH_PER_TASK = 60
-TEMPERATURE = 0.5
-"""Of the sampled evaluation, as of practice, and with its noise.  Greedy episodes hardly differ: the object stands
-still."""
+AS_IN_PRACTICE = {"temperature": recipe.TEMPERATURE, "noise_correlation": recipe.CORRELATION}
+"""Of the sampled evaluation.  Greedy episodes hardly differ: the object stands still."""
 EPISODES = 400
 SPOILT_TASK, EPISODES_BAD, OFFER_BAD = 3, 200, 2
 """Of trainers that go wrong: where there is success to be lost; candidates come often, so that there are some."""
@@ -79,7 +78,7 @@ class Experiment:
     """A session, and what its policy can do afterwards; without a trainer, what nano can do."""
 
     name: str
-    shift: str
+    shift: str = SHIFT
     trainer: Trainer | None = "healthy"
     task: int = TASKS[0]
     """the session's"""
@@ -97,7 +96,7 @@ def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
     for seed in SEEDS:
         for trainer in trainers:
             name = f"{trainer}-{seed}"
-            how = {"shift": SHIFT, "task": SPOILT_TASK, "episodes": EPISODES_BAD, "evaluated": False}
+            how = {"task": SPOILT_TASK, "episodes": EPISODES_BAD, "evaluated": False}
             yield Experiment(name=name, trainer=trainer, seed=seed, **how)
 
 
@@ -105,17 +104,12 @@ def corrected() -> Iterator[Experiment]:
     """Sessions with an expert's help: used, and not."""
     for seed in SEEDS:
         for name, weight in (("corrected", None), ("ignored", 0.0)):
-            yield Experiment(
-                name=f"{name}-{seed}", shift=SHIFT, seed=seed, corrected=CORRECTED, intervention_weight=weight
-            )
+            yield Experiment(name=f"{name}-{seed}", seed=seed, corrected=CORRECTED, intervention_weight=weight)
 
 
 EXPERIMENTS = (
     *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in (SHIFT, "")),
-    *(
-        Experiment(name=f"all-{task}-{seed}", shift=SHIFT, task=task, seed=seed)
-        for seed, task in itertools.product(SEEDS, TASKS)
-    ),
+    *(Experiment(name=f"all-{task}-{seed}", task=task, seed=seed) for seed, task in itertools.product(SEEDS, TASKS)),
     *spoilt("fast", "shuffled", "random"),
     *corrected(),
 )
@@ -164,13 +158,11 @@ class Lab:
     def evaluated(self, version: int, *tasks: int) -> dict[str, dict[str, Any]]:
         """Sampled and greedy, as recipe.report() gives it."""
         options = ["--version", str(version), *(["--shift", self.shift] if self.shift else [])]
-        how = {"suite": SUITE, "protocol": "fresh", "episodes_per_task": FRESH_PER_TASK, "tasks": tasks}
+        greedy = recipe.Evaluation(suite=SUITE, protocol="fresh", episodes_per_task=FRESH_PER_TASK, tasks=tasks)
         reports = {}
-        practised = ("--noise-correlation", str(recipe.CORRELATION))
-        for name, temperature, noise in (("greedy", 0.0, ()), ("sampled", TEMPERATURE, practised)):
+        for name, evaluation in (("greedy", greedy), ("sampled", replace(greedy, **AS_IN_PRACTICE))):
             out = self.folder / f"evaluated-{version}-{name}"
-            evaluation = recipe.Evaluation(temperature=temperature, **how)
-            reports[name] = recipe.report(evaluation, self.at.server, out, *options, *noise)
+            reports[name] = recipe.report(evaluation, self.at.server, out, *options)
         return reports
 
     @contextmanager

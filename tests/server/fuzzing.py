@@ -363,7 +363,7 @@ class Range:
         self._channels = [grpc.insecure_channel(each) for each in self._addresses]
         self._policy = policy_pb2_grpc.PolicyStub(self._channels[0])
         self.spec = self._policy.GetSpec(policy_pb2.GetSpecRequest(), timeout=DEADLINE_S)
-        session_pb2_grpc.SessionsStub(self._channels[True]).StartSession(SESSION, timeout=DEADLINE_S)
+        session_pb2_grpc.SessionsStub(self._channels[1]).StartSession(SESSION, timeout=DEADLINE_S)
         self.fired: Counter[str] = Counter()
         """by kind"""
         self.codes: Counter[str] = Counter()

@@ -112,8 +112,12 @@ def test_missing_episodes_fail_the_command():
 @pytest.mark.parametrize(
     "change",
     [
-        *({"slots": 0}, {"processes": 0}, {"temperature": -1.0}, {"noise_correlation": 1.0}),
-        *({"max_error_share": 2.0}, {"videos": -1}),
+        {"slots": 0},
+        {"processes": 0},
+        {"temperature": -1.0},
+        {"noise_correlation": 1.0},
+        {"max_error_share": 2.0},
+        {"videos": -1},
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(change):
