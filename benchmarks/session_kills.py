@@ -132,10 +132,10 @@ def served(here: Lab) -> set[int]:
 
 def found(here: Lab, out: Path, client: SessionClient, before: Sequence[list[bytes]]) -> dict[str, Any]:
     """What there is in the end, and which laws it keeps."""
-    _, stored = client.episodes(SESSION, 0)
+    stored = list(client.all_episodes(SESSION, 0))
     session = client.get(SESSION, with_episodes=True)
     fields, _ = load_state(out / STATE)
-    counted = Counter(one.episode_id for one in session.episodes)
+    counted = Counter(one.episode_id for one in session.episodes if not one.error)
     rollouts = Counter(episode.start.rollout_id for _, episode in stored)
     named = {event.version for event in session.log}
     made = {int(path.name) for path in (out / VERSIONS).iterdir()}

@@ -17,8 +17,8 @@ the world as it is, and its reward model.
     corrected-, ignored-SEED          an expert takes over in a fifth of the episodes; lessons made of it, or none
 
 A result, benchmarks/results/sessions/NAME.json, is never run again.  It has every counted episode in order: its
-version, what came of it (S or F, s or f where somebody took over) and when; every line of the session's log; the curve
-of the trainer.
+version, what came of it (S, F or E, an error; small where somebody took over) and when; every line of the session's
+log; the curve of the trainer.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def spoil(run: SessionRun, trainer: Trainer | None) -> None:
 
 
 def _letter(episode: session_pb2.SessionEpisode) -> str:
-    letter = "S" if episode.success else "F"
+    letter = "E" if episode.error else "S" if episode.success else "F"
     return letter.lower() if episode.intervened else letter
 
 

@@ -83,7 +83,7 @@ class ServeConfig:
     all."""
 
     episode_idle_s: float = 600.0
-    """An episode that was silent for longer is closed as an error."""
+    """An episode that was silent for longer is closed as an error; a session's later ones are counted after that."""
 
     client_episodes: int = DEFAULT_CLIENT_EPISODES
     """Most episodes that one client, an address, may have open; more are refused with a hint when to retry.  Each holds

@@ -3,7 +3,8 @@
 A candidate takes a share of a session's episodes, drawn by chance, beside the live version.  Whoever runs the session
 asks `judge` after every finished episode, and stops at the first verdict that is not `open`:
 
-    roll back    it is held or clipped more than the live version (trouble), or it succeeds less often
+    roll back    it is held or clipped, or ends as an error, more than the live version (trouble), or it succeeds less
+                 often
     promote      it does not succeed less often by `margin` or more
     undecided    neither was shown in `max_episodes` of its episodes: it is dropped, and the live version stays
 
@@ -17,14 +18,15 @@ where P is predicted from the pairs before, by Krichevsky and Trofimov's rule: s
 successes in n episodes; and Q, of all probabilities that obey H0, is what lies closest to P by its divergence from it.
 If H0 is true, this factor is expected to be 1 at most, whatever P is: the evidence is a supermartingale that begins at
 1, so that by Ville's inequality it comes to 1 / error, ever, with a probability of at most `error`: however often one
-looks, and whenever one stops.  What is assumed: episodes are independent, and a version succeeds in each with the same
-probability.  With several robots that holds in the order in which episodes began, not ended: a failure takes longer.
-A share far from one half leaves many episodes without a pair.
+looks, and whenever one stops.  What is assumed: episodes are independent, and H0 holds in every pair, though the two
+probabilities may drift from pair to pair.  With several robots that holds in the order in which episodes began, not
+ended: a failure takes longer.  A share far from one half leaves many episodes without a pair.
 
 Trouble is found in the same way.  For every tenth there is evidence from whether more than that share of an episode's
 ticks was held or clipped, against H0 that this befalls the candidate no more often; the mean of all nine obeys the same
-law.  An episode counts once, however its ticks hang together.  The finding counts only while the candidate's share of
-all its ticks exceeds the live version's by more than `trouble_rise`.
+law.  An episode counts once, however its ticks hang together; one that ended as an error, which is no trial of success,
+counts as held throughout.  The finding counts only while the candidate's share of all its ticks, or of its episodes
+that were errors, exceeds the live version's by more than `trouble_rise`.
 
 Sources: Turner, Ly and Grünwald 2024, Generic E-variables for exact sequential k-sample tests that allow for optional
 stopping; Ramdas, Grünwald, Vovk and Shafer 2023, Game-theoretic statistics and safe anytime-valid inference;
@@ -57,9 +59,9 @@ class GateRule:
     rollback_error: float = 0.1
     """probability that one which succeeds at least as often is rolled back for its failures, at most"""
     trouble_error: float = 0.05
-    """probability that one which is held and clipped no more is rolled back for trouble, at most"""
+    """probability that one which is held and clipped, and ends as an error, no more is rolled back for it, at most"""
     trouble_rise: float = 0.1
-    """a smaller rise in the share of ticks that are held or clipped is no trouble"""
+    """a smaller rise in the share of ticks that are held or clipped, or of errors, is no trouble"""
     share: float = 0.5
     """of the session's episodes that the candidate gets"""
     max_episodes: int = 60
@@ -81,9 +83,11 @@ class GateRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What the gate sees of a finished episode.  One that ended as an error is the system's fault, and is none."""
+    """What the gate sees of a finished episode."""
 
     success: bool
+    error: bool = False
+    """it ended as one: neither a success nor a failure, but trouble"""
     intervened: bool = False
     """a person took over: whatever came of it, it is no success of the policy"""
     ticks: int
@@ -107,8 +111,8 @@ class Trial:
 
     @property
     def trouble(self) -> float:
-        """Share of its ticks that were held or clipped."""
-        return (self.holds + self.clips) / max(self.ticks, 1)
+        """Share of its ticks that were held or clipped; all of an error's."""
+        return 1.0 if self.error else (self.holds + self.clips) / max(self.ticks, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,7 @@ class Tally:
     """What came of a version's episodes since the candidate began, in whatever order."""
 
     episodes: int = 0
+    """without the errors, as all that follows"""
     successes: int = 0
     """without a person's help"""
     interventions: int = 0
@@ -123,10 +128,15 @@ class Tally:
     ticks: int = 0
     holds: int = 0
     clips: int = 0
+    errors: int = 0
+    """episodes that ended as one"""
 
     def plus(self, trial: Trial) -> Tally:
         """With one episode more."""
-        return Tally(
+        if trial.error:
+            return replace(self, errors=self.errors + 1)
+        return replace(
+            self,
             episodes=self.episodes + 1,
             successes=self.successes + trial.own_success,
             interventions=self.interventions + trial.intervened,
@@ -148,6 +158,16 @@ class Tally:
     def trouble(self) -> float:
         """Share of all ticks that were held or clipped; 0 without ticks."""
         return (self.holds + self.clips) / max(self.ticks, 1)
+
+    @property
+    def ended(self) -> int:
+        """Episodes, errors too."""
+        return self.episodes + self.errors
+
+    @property
+    def error_share(self) -> float:
+        """Of its episodes, those that ended as errors; 0 without any."""
+        return self.errors / max(self.ended, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,18 +230,22 @@ class Comparison:
 
     def plus(self, trial: Trial, *, of_candidate: bool) -> Comparison:
         """With one episode more."""
-        lead = self.candidate.episodes - self.live.episodes
+        lead = self.candidate.ended - self.live.ended
         whose = "candidate" if of_candidate else "live"
         counted = replace(self, **{whose: getattr(self, whose).plus(trial)})
         if lead == 0 or (lead > 0) == of_candidate:
             return replace(counted, waiting=(*self.waiting, trial))
         other, *waiting = self.waiting
         candidate, live = (trial, other) if of_candidate else (other, trial)
+        if not (candidate.error or live.error):
+            counted = replace(
+                counted,
+                as_good=self.as_good.plus(candidate.own_success, live.own_success),
+                worse=self.worse.plus(live.own_success, candidate.own_success),
+            )
         return replace(
             counted,
             waiting=tuple(waiting),
-            as_good=self.as_good.plus(candidate.own_success, live.own_success),
-            worse=self.worse.plus(live.own_success, candidate.own_success),
             troubled=tuple(
                 evidence.plus(candidate.trouble > level, live.trouble > level)
                 for evidence, level in zip(self.troubled, LEVELS, strict=True)
@@ -243,7 +267,7 @@ class Judgement:
     rollback_e: float
     """evidence that it succeeds less often"""
     trouble_e: float
-    """evidence that it is held or clipped more"""
+    """evidence that it is held or clipped, or ends as an error, more"""
 
 
 def takes_candidate(rule: GateRule, draw: float) -> bool:
@@ -263,15 +287,15 @@ def judge(rule: GateRule, trial: Comparison) -> Judgement:
     """The verdict on the episodes so far.  The errors are as stated if the first one that is not `open` is kept."""
     live, candidate = trial.live, trial.candidate
     promote_e, rollback_e, trouble_e = trial.as_good.e, trial.worse.e, 0.0
-    if candidate.trouble - live.trouble > rule.trouble_rise:
+    if max(candidate.trouble - live.trouble, candidate.error_share - live.error_share) > rule.trouble_rise:
         trouble_e = sum(evidence.e for evidence in trial.troubled) / len(LEVELS)
     if trouble_e >= 1 / rule.trouble_error:
-        verdict, finding = "roll back", "the candidate is held or clipped more"
+        verdict, finding = "roll back", "the candidate is held or clipped, or ends as an error, more"
     elif rollback_e >= 1 / rule.rollback_error:
         verdict, finding = "roll back", "the candidate succeeds less often"
     elif promote_e >= 1 / rule.promote_error:
         verdict, finding = "promote", f"the candidate does not succeed less often by {rule.margin:g} or more"
-    elif candidate.episodes >= rule.max_episodes:
+    elif candidate.ended >= rule.max_episodes:
         verdict, finding = "undecided", f"nothing was shown in {rule.max_episodes} episodes of the candidate"
     else:
         verdict, finding = "open", "nothing is shown yet"
@@ -280,6 +304,7 @@ def judge(rule: GateRule, trial: Comparison) -> Judgement:
         reason=(
             f"{finding}: success {candidate.successes} of {candidate.episodes}, live {live.successes} of"
             f" {live.episodes}; held or clipped {candidate.trouble:.1%} of ticks, live {live.trouble:.1%};"
+            f" errors {candidate.errors}, live {live.errors};"
             f" e-values: promote {promote_e:.3g} (needs {1 / rule.promote_error:g}), roll back {rollback_e:.3g}"
             f" ({1 / rule.rollback_error:g}), trouble {trouble_e:.3g} ({1 / rule.trouble_error:g})"
         ),

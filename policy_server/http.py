@@ -8,7 +8,8 @@
     /metrics                         for Prometheus
     /healthz                         200 while the server serves, 503 otherwise; open to all
 
-    POST /sessions/ID/CONTROL        promote, roll_back, pause, resume or stop, with {"note": "why"}; for admins
+    POST /sessions/ID/CONTROL        promote, roll_back, pause, resume or stop, with {"note": "why"} and, for the first
+                                     two, "version", the one that it is to befall; for admins
 
 Nothing else can be changed through it.  Pictures are encoded and episodes read in one thread, however many look.
 """
@@ -161,14 +162,18 @@ class HttpDoor:
         if request.content_type != "application/json":
             raise web.HTTPUnsupportedMediaType(text="a person's word comes as application/json\n")
         try:
-            said = (await request.json()).get("note", "")
+            said = await request.json()
+            note, version = said.get("note", ""), said.get("version")
         except (ValueError, AttributeError):
             raise web.HTTPBadRequest(text='must be a JSON object like {"note": "why"}\n') from None
+        if version is not None and type(version) is not int:
+            raise web.HTTPBadRequest(text=f"version must be a whole number, got {version!r:.40}\n")
         try:
             if self._sessions is None:
                 raise OutOfOrder(NO_SESSIONS)
             session = request.match_info["session"]
-            await asyncio.to_thread(self._sessions.control, session, control, str(said)[:MAX_NAME])
+            note = str(note)[:MAX_NAME]
+            await asyncio.to_thread(self._sessions.control, session, control, note, version=version)
         except (UnknownSession, OutOfOrder, Overloaded) as refused:
             raise STATUS[type(refused)](text=f"{refused}\n") from None
         return web.Response(status=204, headers=NOW)

@@ -172,7 +172,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._begun: dict[str, Begun] = {}
-        self._ended: dict[str, Trial | None] = {}
+        self._ended: dict[str, Trial] = {}
 
     @property
     def open(self) -> int:
@@ -182,14 +182,13 @@ class Turns:
     def begin(self, episode: Begun) -> None:
         self._begun[episode.episode_id] = episode
 
-    def end(self, episode_id: str, trial: Trial | None) -> list[tuple[Begun, Trial]]:
-        """It is over, as no trial where it ended as an error; gives those whose turn has come by that."""
+    def end(self, episode_id: str, trial: Trial) -> list[tuple[Begun, Trial]]:
+        """It is over; gives those whose turn has come by that."""
         if episode_id in self._begun:
             self._ended[episode_id] = trial
         due = list[tuple[Begun, Trial]]()
         while self._begun and (first := next(iter(self._begun))) in self._ended:
-            begun, trial = self._begun.pop(first), self._ended.pop(first)
-            due += [(begun, trial)] if trial is not None else []
+            due.append((self._begun.pop(first), self._ended.pop(first)))
         return due
 
 
@@ -198,12 +197,11 @@ def moves(ticks: Iterable[episode_pb2.Tick]) -> Counter[str]:
     return Counter(_move(tick) for tick in ticks)
 
 
-def trial_of(outcome: int, moved: Counter[str]) -> Trial | None:
-    """What the gate sees of an episode with these moves(); None of one that ended as an error."""
-    if outcome not in (episode_pb2.OUTCOME_SUCCESS, episode_pb2.OUTCOME_FAILURE):
-        return None
+def trial_of(outcome: int, moved: Counter[str]) -> Trial:
+    """What the gate sees of an episode with these moves()."""
     return Trial(
         success=outcome == episode_pb2.OUTCOME_SUCCESS,
+        error=outcome not in (episode_pb2.OUTCOME_SUCCESS, episode_pb2.OUTCOME_FAILURE),
         intervened=moved["others"] > 0,
         ticks=moved.total() - moved["others"],
         holds=moved["held"],

@@ -114,7 +114,8 @@ class SessionService(session_pb2_grpc.SessionsServicer):
         if control is None:
             raise BadRequest(f"must be one of {[*CONTROLS]}, got code {request.control}", field="control")
         note = request.note[:MAX_NAME]
-        await asyncio.to_thread(self._sessions.control, request.session_id, control, note)
+        version = request.version if request.HasField("version") else None
+        await asyncio.to_thread(self._sessions.control, request.session_id, control, note, version=version)
         return self._message(request.session_id)
 
     @property
@@ -134,6 +135,8 @@ class SessionService(session_pb2_grpc.SessionsServicer):
         seen = await asyncio.to_thread(self._seen, request.session_id)
         if not seen:
             raise OutOfOrder("the session has no episode whose observations could be replayed yet", field="session_id")
+        for version in (live, request.version):  # or the first answer would build them, and robots wait
+            await asyncio.to_thread(self._versions.weights, version)
         answers = {version: [await self._answer(version, one) for one in seen] for version in (live, request.version)}
         if not all(np.isfinite(answer.token_logprobs_N).all() for answer in answers[request.version]):
             return False, f"version {request.version} does not compute: its log-probabilities are no numbers"
@@ -221,6 +224,7 @@ def _episode(event: Event) -> session_pb2.SessionEpisode:
         holds=trial.holds,
         clips=trial.clips,
         unix_ns=event.unix_ns,
+        error=trial.error,
     )
 
 
@@ -232,6 +236,7 @@ def _tally(tally: gate.Tally) -> session_pb2.Tally:
         ticks=tally.ticks,
         holds=tally.holds,
         clips=tally.clips,
+        errors=tally.errors,
     )
 
 

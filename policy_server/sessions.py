@@ -58,7 +58,7 @@ class Sessions:
         self._turns: dict[str, Turns] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            found = [_read(path) for path in folder.glob(f"*{SUFFIX}")]
+            found = [session for path in folder.glob(f"*{SUFFIX}") if (session := _read(path)) is not None]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CannotStart(f"the sessions in {str(folder)!r} cannot be read: {error}") from error
         for session in sorted(found, key=lambda session: session.charter.started_unix_ns):
@@ -106,6 +106,7 @@ class Sessions:
             if sum(session.state != "stopped" for session in self._sessions.values()) >= MOST_SESSIONS:
                 raise Overloaded(f"{MOST_SESSIONS} sessions are going on, the most", retry_after_ms=CROWDED_RETRY_MS)
             with disk(LOG):
+                self._path(charter.session_id).unlink(missing_ok=True)  # of a start that the disk refused
                 self._write(charter.session_id, asdict(charter))
                 sync(self._folder)
             self._add(Session(charter))
@@ -162,30 +163,35 @@ class Sessions:
                 return
             self._happen(self._sessions[session_id], "offer" if accepted else "refuse", "trainer", version, reason)
 
-    def control(self, session_id: str, control: Control, note: str) -> None:
+    def control(self, session_id: str, control: Control, note: str, *, version: int | None = None) -> None:
         """A person's word, and why.  What is on trial is withdrawn by pause and stop.
 
-        Raises UnknownSession, OutOfOrder when there is nothing to do it to, Overloaded.
+        version: the one that a promotion, or a roll back, is to befall; None: whichever it is.
+        Raises UnknownSession, OutOfOrder when there is nothing to do it to, or another version, Overloaded.
         """
         with self._writing:
             session = self._find(session_id)
             if control == "promote":
                 if session.candidate is None:
                     raise OutOfOrder(f"nothing is on trial in session {session_id!r}", field="control")
+                _check_meant(version, session.candidate, "on trial")
                 self._happen(session, "promote", "person", session.candidate, note)
             elif control == "roll_back":
-                self._go_back(session, note)
+                self._go_back(session, note, version)
             else:
                 self._set_state(session, control, note)
 
-    def _go_back(self, session: Session, note: str) -> None:
+    def _go_back(self, session: Session, note: str, version: int | None) -> None:
         """Drops the candidate, or goes back to the version before."""
         if session.candidate is not None:
+            _check_meant(version, session.candidate, "on trial")
             self._happen(session, "roll back", "person", session.candidate, note)
-        elif session.past:
-            self._happen(session, "revert", "person", session.past[-1], note)
+        elif session.state == "stopped" or not session.past:
+            why = "is over" if session.state == "stopped" else "has nothing to go back to"
+            raise OutOfOrder(f"session {session.charter.session_id!r} {why}", field="control")
         else:
-            raise OutOfOrder(f"session {session.charter.session_id!r} has nothing to go back to", field="control")
+            _check_meant(version, session.live, "live")
+            self._happen(session, "revert", "person", session.past[-1], note)
 
     def _set_state(self, session: Session, what: Literal["pause", "resume", "stop"], note: str) -> None:
         if session.state not in FROM[what]:
@@ -193,6 +199,10 @@ class Sessions:
         if session.candidate is not None:
             self._happen(session, "withdrawn", "person", session.candidate, note)
         self._happen(session, what, "person", session.live, note)
+        if what == "stop":
+            # Its trainer reads under its name, and may never come back.
+            with contextlib.suppress(Overloaded):  # then what it has yet to read stays
+                self._store.leave(session.charter.session_id)
 
     def _find(self, session_id: str) -> Session:
         if session_id not in self._sessions:
@@ -254,16 +264,19 @@ class Sessions:
             name = session.charter.session_id
             log.info("session %s: %s version %d: %s", name, what, version, reason, extra={"session": name})
 
+    def _path(self, session_id: str) -> Path:
+        return self._folder / f"{session_id}{SUFFIX}"
+
     def _write(self, session_id: str, line: dict) -> None:
-        path = self._folder / f"{session_id}{SUFFIX}"
-        with path.open("ab") as file:
+        with self._path(session_id).open("ab", buffering=0) as file:
             whole = file.tell()
+            view = memoryview(json.dumps(line).encode() + b"\n")
             try:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
+                while view:  # an unbuffered write may be short
+                    view = view[file.write(view) :]
                 os.fsync(file.fileno())
             except OSError:
-                os.ftruncate(file.fileno(), whole)  # or the next line would go on with half of this one
+                file.truncate(whole)  # or the next line would go on with half of this one
                 raise
 
     def _catch_up(self, session: Session) -> None:
@@ -271,7 +284,6 @@ class Sessions:
         with self._writing:
             self._judge(session)
             for episode in sorted(self._uncounted(session), key=lambda episode: episode.start.started_unix_ns):
-                trial = trial_of(episode.end.outcome, moves(episode.ticks))
                 offered = max((e.unix_ns for e in session.log if e.what == "offer"), default=0)
                 since = episode.start.started_unix_ns > offered
                 begun = Begun(
@@ -279,23 +291,37 @@ class Sessions:
                     version=episode.start.version,
                     candidate=session.candidate if since else None,
                 )
-                if trial is not None:
-                    self._count(session, begun, trial)
+                self._count(session, begun, trial_of(episode.end.outcome, moves(episode.ticks)))
 
     def _uncounted(self, session: Session) -> Iterator[Episode]:
         for stored in self._store.after(0):
             if stored.session_id == session.charter.session_id and stored.episode_id not in session.episodes:
                 with contextlib.suppress(DamagedEpisode):  # the store says so
-                    if not stored.error and (records := self._store.records(stored)):
+                    records = self._store.records(stored)
+                    # An older one is of a session of that name that is forgotten.
+                    if records and records[0].start.started_unix_ns >= session.charter.started_unix_ns:
                         yield Episode.of(records, stored.path.name)
 
 
-def _read(path: Path) -> Session:
-    """Raises OSError, ValueError, TypeError, KeyError."""
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
+def _check_meant(meant: int | None, version: int, role: str) -> None:
+    """Raises OutOfOrder where a person means another version than the one it would befall."""
+    if meant not in (None, version):
+        raise OutOfOrder(f"version {meant} is meant, but version {version} is {role} now", field="version")
+
+
+def _read(path: Path) -> Session | None:
+    """None where not even the charter is whole: no such session was acknowledged, and its log is deleted.
+
+    Raises OSError, ValueError, TypeError, KeyError.
+    """
+    whole, ended, torn = path.read_bytes().rpartition(b"\n")
+    if not ended:
+        log.warning("session log %s has no whole line: deleted", path.name)
+        path.unlink()
+        return None
     if torn:  # a kill came while it was written: it was never acknowledged
         log.warning("the last line of session log %s is not whole: dropped", path.name)
-        os.truncate(path, len(whole) + 1 if whole else 0)
+        os.truncate(path, len(whole) + 1)
     charter, *events = [json.loads(line) for line in whole.splitlines()]
     session = Session(Charter.of(charter))
     for event in events:

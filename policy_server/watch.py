@@ -186,6 +186,7 @@ def _session(session: Session) -> dict[str, Any]:
         "task": session.charter.task[:MAX_TEXT],
         "state": session.state,
         "past": len(session.past),
+        "live": session.live,
         "candidate": session.candidate,
         "episodes": sum(tally.episodes for tally in session.tallies.values()),
         "versions": [
@@ -212,6 +213,7 @@ def _counted(tally: Tally) -> dict[str, Any]:
         "successes": tally.successes,
         "interval": tally.interval,
         "interventions": tally.interventions,
+        "errors": tally.errors,
         "trouble": tally.trouble,
     }
 

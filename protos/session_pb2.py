@@ -14,43 +14,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/session.proto\x12\x06vla_rl\"\xd0\x02\n\x08GateRule\x12\x13\n\x06margin\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rpromote_error\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0erollback_error\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1a\n\rtrouble_error\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0ctrouble_rise\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05share\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x19\n\x0cmax_episodes\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x15\n\x08\x65nvelope\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\t\n\x07_marginB\x10\n\x0e_promote_errorB\x11\n\x0f_rollback_errorB\x10\n\x0e_trouble_errorB\x0f\n\r_trouble_riseB\x08\n\x06_shareB\x0f\n\r_max_episodesB\x0b\n\t_envelope\"\x9d\x01\n\x13StartSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x19\n\x11noise_correlation\x18\x05 \x01(\x02\x12\x1e\n\x04rule\x18\x06 \x01(\x0b\x32\x10.vla_rl.GateRule\"p\n\x05Tally\x12\x10\n\x08\x65pisodes\x18\x01 \x01(\r\x12\x11\n\tsuccesses\x18\x02 \x01(\r\x12\x15\n\rinterventions\x18\x03 \x01(\r\x12\r\n\x05ticks\x18\x04 \x01(\x04\x12\r\n\x05holds\x18\x05 \x01(\x04\x12\r\n\x05\x63lips\x18\x06 \x01(\x04\"=\n\x0cVersionTally\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1c\n\x05tally\x18\x02 \x01(\x0b\x32\r.vla_rl.Tally\"\x98\x01\n\x0eSessionEpisode\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07success\x18\x03 \x01(\x08\x12\x12\n\nintervened\x18\x04 \x01(\x08\x12\r\n\x05ticks\x18\x05 \x01(\r\x12\r\n\x05holds\x18\x06 \x01(\r\x12\r\n\x05\x63lips\x18\x07 \x01(\r\x12\x0f\n\x07unix_ns\x18\x08 \x01(\x04\"Z\n\x0cSessionEvent\x12\x0f\n\x07unix_ns\x18\x01 \x01(\x04\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x8f\x04\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x19\n\x11noise_correlation\x18\x05 \x01(\x02\x12\x1e\n\x04rule\x18\x06 \x01(\x0b\x32\x10.vla_rl.GateRule\x12#\n\x05state\x18\x07 \x01(\x0e\x32\x14.vla_rl.SessionState\x12\x14\n\x0clive_version\x18\x08 \x01(\x04\x12\x1e\n\x11\x63\x61ndidate_version\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rpast_versions\x18\n \x03(\x04\x12\x1b\n\x04live\x18\x0b \x01(\x0b\x32\r.vla_rl.Tally\x12 \n\tcandidate\x18\x0c \x01(\x0b\x32\r.vla_rl.Tally\x12\x10\n\x08standing\x18\r \x01(\t\x12&\n\x08versions\x18\x0e \x03(\x0b\x32\x14.vla_rl.VersionTally\x12\x15\n\ropen_episodes\x18\x0f \x01(\r\x12\x17\n\x0fstarted_unix_ns\x18\x10 \x01(\x04\x12!\n\x03log\x18\x11 \x03(\x0b\x32\x14.vla_rl.SessionEvent\x12(\n\x08\x65pisodes\x18\x12 \x03(\x0b\x32\x16.vla_rl.SessionEpisodeB\x14\n\x12_candidate_version\"\x15\n\x13ListSessionsRequest\"6\n\x11ListSessionsReply\x12!\n\x08sessions\x18\x01 \x03(\x0b\x32\x0f.vla_rl.Session\">\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rwith_episodes\x18\x02 \x01(\x08\"X\n\x15OfferCandidateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x03 \x01(\t\"Y\n\x13OfferCandidateReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12 \n\x07session\x18\x03 \x01(\x0b\x32\x0f.vla_rl.Session\"[\n\x15\x43ontrolSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x07\x63ontrol\x18\x02 \x01(\x0e\x32\x0f.vla_rl.Control\x12\x0c\n\x04note\x18\x03 \x01(\t*}\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_STATE_RUNNING\x10\x01\x12\x18\n\x14SESSION_STATE_PAUSED\x10\x02\x12\x19\n\x15SESSION_STATE_STOPPED\x10\x03*\x87\x01\n\x07\x43ontrol\x12\x17\n\x13\x43ONTROL_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONTROL_PROMOTE\x10\x01\x12\x15\n\x11\x43ONTROL_ROLL_BACK\x10\x02\x12\x11\n\rCONTROL_PAUSE\x10\x03\x12\x12\n\x0e\x43ONTROL_RESUME\x10\x04\x12\x10\n\x0c\x43ONTROL_STOP\x10\x05\x32\xda\x02\n\x08Sessions\x12<\n\x0cStartSession\x12\x1b.vla_rl.StartSessionRequest\x1a\x0f.vla_rl.Session\x12\x46\n\x0cListSessions\x12\x1b.vla_rl.ListSessionsRequest\x1a\x19.vla_rl.ListSessionsReply\x12\x38\n\nGetSession\x12\x19.vla_rl.GetSessionRequest\x1a\x0f.vla_rl.Session\x12L\n\x0eOfferCandidate\x12\x1d.vla_rl.OfferCandidateRequest\x1a\x1b.vla_rl.OfferCandidateReply\x12@\n\x0e\x43ontrolSession\x12\x1d.vla_rl.ControlSessionRequest\x1a\x0f.vla_rl.Sessionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/session.proto\x12\x06vla_rl\"\xd0\x02\n\x08GateRule\x12\x13\n\x06margin\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rpromote_error\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0erollback_error\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1a\n\rtrouble_error\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0ctrouble_rise\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05share\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x19\n\x0cmax_episodes\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x15\n\x08\x65nvelope\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\t\n\x07_marginB\x10\n\x0e_promote_errorB\x11\n\x0f_rollback_errorB\x10\n\x0e_trouble_errorB\x0f\n\r_trouble_riseB\x08\n\x06_shareB\x0f\n\r_max_episodesB\x0b\n\t_envelope\"\x9d\x01\n\x13StartSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x19\n\x11noise_correlation\x18\x05 \x01(\x02\x12\x1e\n\x04rule\x18\x06 \x01(\x0b\x32\x10.vla_rl.GateRule\"\x80\x01\n\x05Tally\x12\x10\n\x08\x65pisodes\x18\x01 \x01(\r\x12\x11\n\tsuccesses\x18\x02 \x01(\r\x12\x15\n\rinterventions\x18\x03 \x01(\r\x12\r\n\x05ticks\x18\x04 \x01(\x04\x12\r\n\x05holds\x18\x05 \x01(\x04\x12\r\n\x05\x63lips\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\r\"=\n\x0cVersionTally\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x1c\n\x05tally\x18\x02 \x01(\x0b\x32\r.vla_rl.Tally\"\xa7\x01\n\x0eSessionEpisode\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07success\x18\x03 \x01(\x08\x12\x12\n\nintervened\x18\x04 \x01(\x08\x12\r\n\x05ticks\x18\x05 \x01(\r\x12\r\n\x05holds\x18\x06 \x01(\r\x12\r\n\x05\x63lips\x18\x07 \x01(\r\x12\x0f\n\x07unix_ns\x18\x08 \x01(\x04\x12\r\n\x05\x65rror\x18\t \x01(\x08\"Z\n\x0cSessionEvent\x12\x0f\n\x07unix_ns\x18\x01 \x01(\x04\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x8f\x04\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x19\n\x11noise_correlation\x18\x05 \x01(\x02\x12\x1e\n\x04rule\x18\x06 \x01(\x0b\x32\x10.vla_rl.GateRule\x12#\n\x05state\x18\x07 \x01(\x0e\x32\x14.vla_rl.SessionState\x12\x14\n\x0clive_version\x18\x08 \x01(\x04\x12\x1e\n\x11\x63\x61ndidate_version\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rpast_versions\x18\n \x03(\x04\x12\x1b\n\x04live\x18\x0b \x01(\x0b\x32\r.vla_rl.Tally\x12 \n\tcandidate\x18\x0c \x01(\x0b\x32\r.vla_rl.Tally\x12\x10\n\x08standing\x18\r \x01(\t\x12&\n\x08versions\x18\x0e \x03(\x0b\x32\x14.vla_rl.VersionTally\x12\x15\n\ropen_episodes\x18\x0f \x01(\r\x12\x17\n\x0fstarted_unix_ns\x18\x10 \x01(\x04\x12!\n\x03log\x18\x11 \x03(\x0b\x32\x14.vla_rl.SessionEvent\x12(\n\x08\x65pisodes\x18\x12 \x03(\x0b\x32\x16.vla_rl.SessionEpisodeB\x14\n\x12_candidate_version\"\x15\n\x13ListSessionsRequest\"6\n\x11ListSessionsReply\x12!\n\x08sessions\x18\x01 \x03(\x0b\x32\x0f.vla_rl.Session\">\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rwith_episodes\x18\x02 \x01(\x08\"X\n\x15OfferCandidateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1a\n\x12\x64\x65vice_fingerprint\x18\x03 \x01(\t\"Y\n\x13OfferCandidateReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12 \n\x07session\x18\x03 \x01(\x0b\x32\x0f.vla_rl.Session\"}\n\x15\x43ontrolSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x07\x63ontrol\x18\x02 \x01(\x0e\x32\x0f.vla_rl.Control\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x14\n\x07version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_version*}\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_STATE_RUNNING\x10\x01\x12\x18\n\x14SESSION_STATE_PAUSED\x10\x02\x12\x19\n\x15SESSION_STATE_STOPPED\x10\x03*\x87\x01\n\x07\x43ontrol\x12\x17\n\x13\x43ONTROL_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONTROL_PROMOTE\x10\x01\x12\x15\n\x11\x43ONTROL_ROLL_BACK\x10\x02\x12\x11\n\rCONTROL_PAUSE\x10\x03\x12\x12\n\x0e\x43ONTROL_RESUME\x10\x04\x12\x10\n\x0c\x43ONTROL_STOP\x10\x05\x32\xda\x02\n\x08Sessions\x12<\n\x0cStartSession\x12\x1b.vla_rl.StartSessionRequest\x1a\x0f.vla_rl.Session\x12\x46\n\x0cListSessions\x12\x1b.vla_rl.ListSessionsRequest\x1a\x19.vla_rl.ListSessionsReply\x12\x38\n\nGetSession\x12\x19.vla_rl.GetSessionRequest\x1a\x0f.vla_rl.Session\x12L\n\x0eOfferCandidate\x12\x1d.vla_rl.OfferCandidateRequest\x1a\x1b.vla_rl.OfferCandidateReply\x12@\n\x0e\x43ontrolSession\x12\x1d.vla_rl.ControlSessionRequest\x1a\x0f.vla_rl.Sessionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.session_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_SESSIONSTATE']._serialized_start=1902
-  _globals['_SESSIONSTATE']._serialized_end=2027
-  _globals['_CONTROL']._serialized_start=2030
-  _globals['_CONTROL']._serialized_end=2165
+  _globals['_SESSIONSTATE']._serialized_start=1968
+  _globals['_SESSIONSTATE']._serialized_end=2093
+  _globals['_CONTROL']._serialized_start=2096
+  _globals['_CONTROL']._serialized_end=2231
   _globals['_GATERULE']._serialized_start=33
   _globals['_GATERULE']._serialized_end=369
   _globals['_STARTSESSIONREQUEST']._serialized_start=372
   _globals['_STARTSESSIONREQUEST']._serialized_end=529
-  _globals['_TALLY']._serialized_start=531
-  _globals['_TALLY']._serialized_end=643
-  _globals['_VERSIONTALLY']._serialized_start=645
-  _globals['_VERSIONTALLY']._serialized_end=706
-  _globals['_SESSIONEPISODE']._serialized_start=709
-  _globals['_SESSIONEPISODE']._serialized_end=861
-  _globals['_SESSIONEVENT']._serialized_start=863
-  _globals['_SESSIONEVENT']._serialized_end=953
-  _globals['_SESSION']._serialized_start=956
-  _globals['_SESSION']._serialized_end=1483
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1485
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1506
-  _globals['_LISTSESSIONSREPLY']._serialized_start=1508
-  _globals['_LISTSESSIONSREPLY']._serialized_end=1562
-  _globals['_GETSESSIONREQUEST']._serialized_start=1564
-  _globals['_GETSESSIONREQUEST']._serialized_end=1626
-  _globals['_OFFERCANDIDATEREQUEST']._serialized_start=1628
-  _globals['_OFFERCANDIDATEREQUEST']._serialized_end=1716
-  _globals['_OFFERCANDIDATEREPLY']._serialized_start=1718
-  _globals['_OFFERCANDIDATEREPLY']._serialized_end=1807
-  _globals['_CONTROLSESSIONREQUEST']._serialized_start=1809
-  _globals['_CONTROLSESSIONREQUEST']._serialized_end=1900
-  _globals['_SESSIONS']._serialized_start=2168
-  _globals['_SESSIONS']._serialized_end=2514
+  _globals['_TALLY']._serialized_start=532
+  _globals['_TALLY']._serialized_end=660
+  _globals['_VERSIONTALLY']._serialized_start=662
+  _globals['_VERSIONTALLY']._serialized_end=723
+  _globals['_SESSIONEPISODE']._serialized_start=726
+  _globals['_SESSIONEPISODE']._serialized_end=893
+  _globals['_SESSIONEVENT']._serialized_start=895
+  _globals['_SESSIONEVENT']._serialized_end=985
+  _globals['_SESSION']._serialized_start=988
+  _globals['_SESSION']._serialized_end=1515
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1517
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1538
+  _globals['_LISTSESSIONSREPLY']._serialized_start=1540
+  _globals['_LISTSESSIONSREPLY']._serialized_end=1594
+  _globals['_GETSESSIONREQUEST']._serialized_start=1596
+  _globals['_GETSESSIONREQUEST']._serialized_end=1658
+  _globals['_OFFERCANDIDATEREQUEST']._serialized_start=1660
+  _globals['_OFFERCANDIDATEREQUEST']._serialized_end=1748
+  _globals['_OFFERCANDIDATEREPLY']._serialized_start=1750
+  _globals['_OFFERCANDIDATEREPLY']._serialized_end=1839
+  _globals['_CONTROLSESSIONREQUEST']._serialized_start=1841
+  _globals['_CONTROLSESSIONREQUEST']._serialized_end=1966
+  _globals['_SESSIONS']._serialized_start=2234
+  _globals['_SESSIONS']._serialized_end=2580
 # @@protoc_insertion_point(module_scope)

@@ -69,20 +69,22 @@ class StartSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., task: _Optional[str] = ..., base_version: _Optional[int] = ..., temperature: _Optional[float] = ..., noise_correlation: _Optional[float] = ..., rule: _Optional[_Union[GateRule, _Mapping]] = ...) -> None: ...
 
 class Tally(_message.Message):
-    __slots__ = ("episodes", "successes", "interventions", "ticks", "holds", "clips")
+    __slots__ = ("episodes", "successes", "interventions", "ticks", "holds", "clips", "errors")
     EPISODES_FIELD_NUMBER: _ClassVar[int]
     SUCCESSES_FIELD_NUMBER: _ClassVar[int]
     INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
     TICKS_FIELD_NUMBER: _ClassVar[int]
     HOLDS_FIELD_NUMBER: _ClassVar[int]
     CLIPS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
     episodes: int
     successes: int
     interventions: int
     ticks: int
     holds: int
     clips: int
-    def __init__(self, episodes: _Optional[int] = ..., successes: _Optional[int] = ..., interventions: _Optional[int] = ..., ticks: _Optional[int] = ..., holds: _Optional[int] = ..., clips: _Optional[int] = ...) -> None: ...
+    errors: int
+    def __init__(self, episodes: _Optional[int] = ..., successes: _Optional[int] = ..., interventions: _Optional[int] = ..., ticks: _Optional[int] = ..., holds: _Optional[int] = ..., clips: _Optional[int] = ..., errors: _Optional[int] = ...) -> None: ...
 
 class VersionTally(_message.Message):
     __slots__ = ("version", "tally")
@@ -93,7 +95,7 @@ class VersionTally(_message.Message):
     def __init__(self, version: _Optional[int] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ...) -> None: ...
 
 class SessionEpisode(_message.Message):
-    __slots__ = ("episode_id", "version", "success", "intervened", "ticks", "holds", "clips", "unix_ns")
+    __slots__ = ("episode_id", "version", "success", "intervened", "ticks", "holds", "clips", "unix_ns", "error")
     EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +104,7 @@ class SessionEpisode(_message.Message):
     HOLDS_FIELD_NUMBER: _ClassVar[int]
     CLIPS_FIELD_NUMBER: _ClassVar[int]
     UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     episode_id: str
     version: int
     success: bool
@@ -110,7 +113,8 @@ class SessionEpisode(_message.Message):
     holds: int
     clips: int
     unix_ns: int
-    def __init__(self, episode_id: _Optional[str] = ..., version: _Optional[int] = ..., success: bool = ..., intervened: bool = ..., ticks: _Optional[int] = ..., holds: _Optional[int] = ..., clips: _Optional[int] = ..., unix_ns: _Optional[int] = ...) -> None: ...
+    error: bool
+    def __init__(self, episode_id: _Optional[str] = ..., version: _Optional[int] = ..., success: bool = ..., intervened: bool = ..., ticks: _Optional[int] = ..., holds: _Optional[int] = ..., clips: _Optional[int] = ..., unix_ns: _Optional[int] = ..., error: bool = ...) -> None: ...
 
 class SessionEvent(_message.Message):
     __slots__ = ("unix_ns", "what", "version", "by", "reason")
@@ -205,11 +209,13 @@ class OfferCandidateReply(_message.Message):
     def __init__(self, accepted: bool = ..., reason: _Optional[str] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class ControlSessionRequest(_message.Message):
-    __slots__ = ("session_id", "control", "note")
+    __slots__ = ("session_id", "control", "note", "version")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     control: Control
     note: str
-    def __init__(self, session_id: _Optional[str] = ..., control: _Optional[_Union[Control, str]] = ..., note: _Optional[str] = ...) -> None: ...
+    version: int
+    def __init__(self, session_id: _Optional[str] = ..., control: _Optional[_Union[Control, str]] = ..., note: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...

@@ -15,6 +15,14 @@ RETRY_S = 1.0
 T = TypeVar("T")
 
 
+class Refusal(ValueError):
+    """What the server says no to, in its own words; `code` is why."""
+
+    def __init__(self, address: str, code: grpc.StatusCode, details: str | None):
+        super().__init__(f"{address} refused ({code.name}): {details}")
+        self.code = code
+
+
 class ServerGone(RuntimeError):
     """The policy server was away, or its disk full, for as long as the run is patient."""
 
@@ -34,7 +42,7 @@ def patiently(
 ) -> T:
     """The call's answer, tried again while it fails in a way that passes.
 
-    Raises ServerGone after patience_s of that, and ValueError for a refusal, or where the sides cannot agree on TLS.
+    Raises ServerGone after patience_s of that, Refusal, and ValueError where the sides cannot agree on TLS.
     """
     give_up_at, told = time.monotonic() + patience_s, False
     while True:
@@ -43,7 +51,7 @@ def patiently(
         except grpc.RpcError as error:
             code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
         if code not in passing:
-            raise ValueError(f"{address} refused ({code.name}): {details}")
+            raise Refusal(address, code, details)
         if code is grpc.StatusCode.UNAVAILABLE and (trouble := tls_trouble(address, credentials)):
             raise ValueError(trouble)
         if time.monotonic() > give_up_at:

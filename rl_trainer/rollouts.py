@@ -60,7 +60,6 @@ class RolloutQueue:
         patience_s: float = 300.0,
     ):
         self.run, self._newest = run, cursor
-        self.damaged: list[str] = []
         self._address, self._credentials, self._patience_s = address, credentials, patience_s
         self._channel = dial(address, credentials)
         self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
@@ -113,7 +112,7 @@ class RolloutQueue:
     def _read(self) -> tuple[int, list[tuple[int, Episode]]]:
         """The newest sequence number, and the counted episodes up to there that were not read yet, with theirs."""
         request = rollout_pb2.StreamEpisodesRequest(cursor=self._newest, run=self.run)
-        return read_episodes(self._stub, request, self.damaged, timeout_s=self._patience_s)
+        return read_episodes(self._stub, request, timeout_s=self._patience_s)
 
     def _look(self) -> Iterator[Finished]:
         """Gives what the server has set aside, and asks again for the rest.
@@ -147,19 +146,20 @@ class RolloutQueue:
 def read_episodes(
     stub: rollout_pb2_grpc.RolloutsStub,
     request: rollout_pb2.StreamEpisodesRequest,
-    damaged: list[str],
     *,
     timeout_s: float,
+    most: int | None = None,
 ) -> tuple[int, list[tuple[int, Episode]]]:
     """The newest sequence number, and the episodes up to there that did not end as errors, with theirs.
 
-    damaged: gets a sentence for each that cannot be read.
+    most: after so many it stops, and gives the number of the last of them.  One that cannot be read is printed.
     """
-    newest, read, records = request.cursor, [], list[episode_pb2.EpisodeRecord]()
-    for part in stub.StreamEpisodes(request, timeout=timeout_s):
+    newest, read, records = request.cursor, list[tuple[int, Episode]](), list[episode_pb2.EpisodeRecord]()
+    stream = stub.StreamEpisodes(request, timeout=timeout_s)
+    for part in stream:
         newest = part.sequence
         if part.damaged:
-            damaged.append(part.damaged)
+            print(f"not read: {part.damaged}", flush=True)
         if not part.HasField("record"):
             continue
         records.append(part.record)
@@ -168,4 +168,7 @@ def read_episodes(
             if episode.end.outcome != episode_pb2.OUTCOME_ERROR:
                 read.append((part.sequence, episode))
             records = []
+        if len(read) == most:
+            stream.cancel()
+            break
     return newest, read

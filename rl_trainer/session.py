@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import grpc
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -32,8 +33,9 @@ from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode
 from rl_trainer.curriculum import Curriculum
 from rl_trainer.learner import Learner
-from rl_trainer.lessons import Lessons, interventions, successes
+from rl_trainer.lessons import EXPERT, HUMAN, Lessons, interventions, successes
 from rl_trainer.metrics import Curve
+from rl_trainer.patience import Refusal
 from rl_trainer.publisher import Publisher
 from rl_trainer.reward_model import load_reward_model
 from rl_trainer.run_state import load_state, save_state
@@ -80,7 +82,7 @@ class SessionState:
     """number of an episode that may be learned from -> updates that it had part in"""
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
-    """episodes, successes, rollouts, updates; settled: updates when a version was last offered, or gone back to"""
+    """episodes, successes without help, rollouts, updates; settled: updates at the last offer or return"""
     curriculum: dict[str, Any] = field(default_factory=dict)
 
 
@@ -211,21 +213,27 @@ class SessionRun:
             if self.curriculum is not None:
                 self.curriculum.load(state.curriculum)
             self.client.start(self.config.request)
+            self.client.keep_after(self.name, state.first)
             self._read_again(state)
             return state
-        newest, _ = self.client.episodes(self.name, 0)
+        newest = self.client.newest(self.name)
         self.client.keep_after(self.name, newest)
         session = self.client.start(self.config.request)
+        if session.live_version != self.config.base_version:
+            raise ValueError(
+                f"session {self.name!r} is at version {session.live_version} already, which this folder has not: resume"
+                " from the folder of its trainer, or give --session another name"
+            )
         state = SessionState(version=self.config.base_version, live=session.live_version, first=newest, cursor=newest)
         self._keep_weights(self.config.base_version)
         return state
 
     def _read_again(self, state: SessionState) -> None:
         """The lessons and the pool of a trainer that was killed."""
-        _, episodes = self.client.episodes(self.name, state.first)
-        for number, episode in episodes:
-            if number <= state.cursor:
-                self._learn_from(str(number), episode, pooled=str(number) in state.pool)
+        for number, episode in self.client.all_episodes(self.name, state.first):
+            if number > state.cursor:
+                break
+            self._learn_from(str(number), episode, pooled=str(number) in state.pool)
         state.pool = {number: uses for number, uses in state.pool.items() if number in self._trajectories}
 
     def _heed(self, session: session_pb2.Session) -> None:
@@ -270,7 +278,10 @@ class SessionRun:
             return
         try:
             reply = self.client.offer(self.name, self.state.candidate, self.state.fingerprint)
-        except ValueError as error:  # paused or stopped meanwhile
+        except Refusal as error:
+            if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            # Paused or stopped meanwhile, or there is nothing yet to compare it on: it is offered again.
             print(f"version {self.state.candidate} is not offered: {error}", flush=True)
             return
         became = "on trial" if reply.accepted else "refused"
@@ -281,10 +292,11 @@ class SessionRun:
         newest, episodes = self.client.episodes(self.name, self.state.cursor)
         for number, episode in episodes:
             success = episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
+            own = success and not any(tick.source in (HUMAN, EXPERT) for tick in episode.ticks)  # as the gate counts
             self.state.counts["episodes"] += 1
-            self.state.counts["successes"] += success
+            self.state.counts["successes"] += own
             if self.curriculum is not None and episode.start.rollout_id:
-                self.curriculum.observe(episode.start.task, episode.start.initial_state, success)
+                self.curriculum.observe(episode.start.task, episode.start.initial_state, own)
             self._learn_from(str(number), episode, pooled=True)
             film(self.config.out / "report", episode, success=success, camera=self.checkpoint.config.camera)
             if str(number) in self._trajectories:
@@ -316,10 +328,13 @@ class SessionRun:
         return state.candidate is None and state.version == UNNAMED and ahead >= self.config.offer_every
 
     def _rewards(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
-        rewards = shaped_rewards(trajectories, self.reward, self.config.shaping, gamma=self.config.learner.reward_gamma)
-        if self.config.reward == "process":
-            return [r_T - trajectory.rewards_T for r_T, trajectory in zip(rewards, trajectories, strict=True)]
-        return rewards
+        return shaped_rewards(
+            trajectories,
+            self.reward,
+            self.config.shaping,
+            gamma=self.config.learner.reward_gamma,
+            outcome=self.config.reward != "process",
+        )
 
     def _ask_for_practice(self) -> None:
         """Workers have something to do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from protos import rollout_pb2, rollout_pb2_grpc, session_pb2, session_pb2_grpc
@@ -12,6 +12,8 @@ from rl_trainer.launch import RunServer
 from rl_trainer.patience import patiently
 from rl_trainer.rollouts import REPEATABLE, read_episodes
 
+AT_ONCE = 64
+"""Episodes that are read together: some hundred KB each."""
 OFFER_S = 300.0
 """How long comparing a candidate with the live version may take."""
 
@@ -21,12 +23,11 @@ T = TypeVar("T")
 class SessionClient:
     """A server's sessions.  Every call outlives a server that is away for patience_s, then raises ServerGone.
 
-    Raises ValueError for what the server refuses, with its sentence.
+    Raises Refusal for what the server refuses, with its sentence.
     """
 
     def __init__(self, server: RunServer, *, patience_s: float = 300.0):
         self._server, self._patience_s = server, patience_s
-        self.damaged: list[str] = []
         self._channels = [
             dial(server.address, server.credentials),
             dial(server.admin_address, server.admin_credentials),
@@ -55,15 +56,33 @@ class SessionClient:
         )
         return self._admin(lambda: self._sessions.OfferCandidate(request, timeout=OFFER_S))
 
-    def control(self, session_id: str, control: session_pb2.Control, note: str = "") -> session_pb2.Session:
-        """A person's word."""
-        request = session_pb2.ControlSessionRequest(session_id=session_id, control=control, note=note)
+    def control(
+        self, session_id: str, control: session_pb2.Control, note: str = "", *, version: int | None = None
+    ) -> session_pb2.Session:
+        """A person's word; version: the one that a promotion or a roll back is to befall."""
+        request = session_pb2.ControlSessionRequest(session_id=session_id, control=control, note=note, version=version)
         return self._admin(lambda: self._sessions.ControlSession(request, timeout=DEFAULT_DEADLINE_S))
 
     def episodes(self, session_id: str, cursor: int) -> tuple[int, list[tuple[int, Episode]]]:
-        """Those after the cursor that did not end as errors, each with its number, and the newest number there is."""
+        """The next after the cursor that did not end as errors, AT_ONCE at most, each with its number; and the number
+        up to which there is nothing else."""
         request = rollout_pb2.StreamEpisodesRequest(cursor=cursor, session_id=session_id)
-        return self._call(lambda: read_episodes(self._rollouts, request, self.damaged, timeout_s=self._patience_s))
+        return self._call(lambda: read_episodes(self._rollouts, request, timeout_s=self._patience_s, most=AT_ONCE))
+
+    def all_episodes(self, session_id: str, cursor: int) -> Iterator[tuple[int, Episode]]:
+        """Those after the cursor that did not end as errors, each with its number; few are in memory at a time."""
+        while True:
+            cursor, found = self.episodes(session_id, cursor)
+            yield from found
+            if not found:
+                return
+
+    def newest(self, session_id: str) -> int:
+        """The number of the newest episode at the server."""
+        cursor, found = self.episodes(session_id, 0)
+        while found:
+            cursor, found = self.episodes(session_id, cursor)
+        return cursor
 
     def keep_after(self, reader: str, cursor: int, *, leave: bool = False) -> None:
         """The server deletes nothing after the cursor, until the reader leaves."""

@@ -74,6 +74,15 @@ class _Controlling(_OfOne):
         yield summary(client.control(self.session, self.control, self.note))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Choosing(_Controlling):
+    version: int | None = None
+    """that it is to befall: refused when it would be another; none given: whichever it is"""
+
+    def lines(self, client: SessionClient) -> Iterator[str]:
+        yield summary(client.control(self.session, self.control, self.note, version=self.version))
+
+
 class Pause(_Controlling):
     """Robots go on with the live version; nothing is tried, nothing learns."""
 
@@ -86,13 +95,13 @@ class Resume(_Controlling):
     control = session_pb2.CONTROL_RESUME
 
 
-class Promote(_Controlling):
+class Promote(_Choosing):
     """Makes the candidate live, whatever the gate would say."""
 
     control = session_pb2.CONTROL_PROMOTE
 
 
-class Rollback(_Controlling):
+class Rollback(_Choosing):
     """Drops the candidate; without one, the version that was live before is so again."""
 
     control = session_pb2.CONTROL_ROLL_BACK
@@ -162,5 +171,5 @@ def counted(tally: session_pb2.Tally) -> str:
     low, high = outcomes.interval
     return (
         f"{outcomes} succeeded [{low:.0%}, {high:.0%}], {tally.interventions} with help; held at {tally.holds} and"
-        f" clipped at {tally.clips} of {tally.ticks} ticks"
+        f" clipped at {tally.clips} of {tally.ticks} ticks; {tally.errors} errors"
     )

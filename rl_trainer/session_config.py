@@ -146,6 +146,8 @@ class SessionConfig:
             raise ValueError(f"temperature must be above 0, since greedy choices teach nothing, got {self.temperature}")
         if (self.reward == "outcome") != (self.reward_model is None):
             raise ValueError(f"reward_model is for the rewards process and both, got {self.reward!r}")
+        if self.reward != "outcome" and self.shaping.rule == "none":
+            raise ValueError(f"shaping.rule must be potential or paper for the reward {self.reward!r}, got 'none'")
         if (self.adapter is None) != (self.base_version == 0):
             raise ValueError("adapter and base_version are given together: the trainer must hold what the server does")
         if self.learner.average:

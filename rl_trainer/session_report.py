@@ -55,14 +55,15 @@ def _sections(
 ) -> Iterable[str]:
     """The page, from top to bottom."""
     state = session_pb2.SessionState.Name(session.state).removeprefix("SESSION_STATE_").lower()
-    told = f"{session.task}; {state}, {len(session.episodes)} episodes, {hours(seconds)} of its trainer's time"
+    episodes = [one for one in session.episodes if not one.error]
+    told = f"{session.task}; {state}, {len(episodes)} episodes, {hours(seconds)} of its trainer's time"
     yield f'<p class="quiet">{html.escape(told)}</p>'
-    if len(session.episodes) >= LEAST:
+    if len(episodes) >= LEAST:
         yield f"<h2>Success without help, {WINDOW} episodes together</h2>"
-        yield as_svg(picture({"": success(session)}, size_in=(10.0, 3.4)))
+        yield as_svg(picture({"": success(episodes, session.log)}, size_in=(10.0, 3.4)))
     yield "<h2>Versions</h2>" + _versions(session)
-    if len(session.episodes) >= LEAST:
-        yield as_svg(picture({"help and trouble": trouble(session.episodes)}, size_in=(10.0, 2.8)))
+    if len(episodes) >= LEAST:
+        yield as_svg(picture({"help and trouble": trouble(episodes)}, size_in=(10.0, 2.8)))
     yield "<h2>What was decided, and why</h2>" + _log(session)
     ends = dict.fromkeys((session.base_version, session.live_version))
     films = [out / "report" / f"{version}-{outcome}.webp" for version in ends for outcome in ("success", "failure")]
@@ -76,19 +77,19 @@ def _sections(
     yield f"<code>versions/{session.live_version}</code> beside this report.</p>"
 
 
-def success(session: session_pb2.Session) -> Draw:
+def success(episodes: Sequence[session_pb2.SessionEpisode], log: Sequence[session_pb2.SessionEvent]) -> Draw:
     """Of the latest WINDOW episodes, with its 95 % interval; a line where a version became live."""
 
     def draw(axes: Axes) -> None:
-        wins = [episode.success and not episode.intervened for episode in session.episodes]
+        wins = [episode.success and not episode.intervened for episode in episodes]
         ends = range(LEAST, len(wins) + 1)
         tallies = [_tally(wins[max(0, end - WINDOW) : end]) for end in ends]
         low, high = np.transpose([tally.interval for tally in tallies])
         axes.fill_between(ends, 100 * low, 100 * high, color=BLUE, alpha=0.15, linewidth=0)
         axes.plot(ends, [100 * tally.rate for tally in tallies], color=BLUE)
-        for event in session.log:
+        for event in log:
             if event.what in ("promote", "revert"):
-                at = sum(episode.unix_ns < event.unix_ns for episode in session.episodes)
+                at = sum(episode.unix_ns < event.unix_ns for episode in episodes)
                 axes.axvline(at, color=DARK, linewidth=0.8, linestyle="--")
                 axes.annotate(str(event.version), (at, 100), xytext=(3, 0), textcoords="offset points", fontsize=8)
         axes.set(xlabel="episodes", ylabel="success, %", ylim=(-2, 108), xlim=(0, None))
@@ -137,9 +138,10 @@ def _versions(session: session_pb2.Session) -> str:
                 f"[{100 * low:.1f}, {100 * high:.1f}]",
                 str(tally.interventions),
                 f"{100 * stopped / max(1, tally.ticks):.1f}",
+                str(tally.errors),
             ]
         )
-    head = ["version", "role", "success", "%", "95 %", "with help", "ticks held or clipped, %"]
+    head = ["version", "role", "success", "%", "95 %", "with help", "ticks held or clipped, %", "errors"]
     return table(head, body, words=("role",))
 
 

@@ -38,35 +38,46 @@ class ShapingConfig:
 
 
 def shaped_rewards(
-    trajectories: Sequence[Trajectory], model: RewardModel | None, config: ShapingConfig, *, gamma: float
+    trajectories: Sequence[Trajectory],
+    model: RewardModel | None,
+    config: ShapingConfig,
+    *,
+    gamma: float,
+    outcome: bool = True,
 ) -> list[np.ndarray]:
     """float64 (T,) per trajectory, for Learner.update.
 
     gamma: the learner's discount of a tick, or 1 where it adds up rewards without one (GRPO, RLOO).
+    outcome: whether success is a reward.  Without it, progress that is paid back where the task ended would come to the
+    same sum whatever was done: the potential of the last observation is kept there.
     """
+    rewards = [t.rewards_T if outcome else np.zeros(len(t)) for t in trajectories]
     if config.rule == "none" or model is None:
-        return [trajectory.rewards_T for trajectory in trajectories]
-    progress = _progress(trajectories, model)
+        return rewards
+    progress = _progress(trajectories, model, ends_count=not outcome)
     if config.rule == "paper":
         # The paper's model answers with a word: "1" or "0".
         return [
-            plain_sum(trajectory.rewards_T, config.weight * (progress_T > 0.5))
-            for trajectory, (progress_T, _) in zip(trajectories, progress, strict=True)
+            plain_sum(rewards_T, config.weight * (progress_T > 0.5))
+            for rewards_T, (progress_T, _) in zip(rewards, progress, strict=True)
         ]
     return [
-        potential_shaping(
-            trajectory.rewards_T, config.weight * progress_T, config.weight * after, trajectory.ticks_T, gamma=gamma
-        )
-        for trajectory, (progress_T, after) in zip(trajectories, progress, strict=True)
+        potential_shaping(rewards_T, config.weight * progress_T, config.weight * after, trajectory.ticks_T, gamma=gamma)
+        for rewards_T, trajectory, (progress_T, after) in zip(rewards, trajectories, progress, strict=True)
     ]
 
 
-def _progress(trajectories: Sequence[Trajectory], model: RewardModel) -> list[tuple[np.ndarray, float]]:
-    """Per trajectory float64 (T,) and that of the observation after it, 0 where the task ended; in one prediction."""
+def _progress(
+    trajectories: Sequence[Trajectory], model: RewardModel, *, ends_count: bool
+) -> list[tuple[np.ndarray, float]]:
+    """Per trajectory float64 (T,) and that of the observation after it, in one prediction.
+
+    Where the task ended, that after it is 0; ends_count: that of the last one.
+    """
     seen = [[*t.observations, *([] if t.after is None else [t.after])] for t in trajectories]
     predicted_n = np.asarray(model.predict([observation for one in seen for observation in one]), np.float64)
     parts = np.split(predicted_n, np.cumsum([len(one) for one in seen])[:-1])
     return [
-        (part[: len(trajectory)], 0.0 if trajectory.after is None else float(part[-1]))
+        (part[: len(trajectory)], float(part[-1]) if ends_count or trajectory.after is not None else 0.0)
         for trajectory, part in zip(trajectories, parts, strict=True)
     ]

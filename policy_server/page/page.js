@@ -200,20 +200,20 @@ function showSessions(sessions) {
 }
 
 function newPanel(name) {
-  const panel = { node: element("article", "session"), parts: {}, buttons: {} };
+  const panel = { node: element("article", "session"), parts: {}, buttons: {}, version: 0 };
   const part = (className, tag) => (panel.parts[className] = element(tag, className));
   const heading = element("h3");
   heading.append(element("span", "", name), part("state", "span"));
   const table = element("table");
   const head = element("tr");
-  head.append(...["Version", "Success", "95 % interval", "With help", "Held, clipped"].map((text) => element("th", "", text)));
+  head.append(...["Version", "Success", "95 % interval", "With help", "Held, clipped", "Errors"].map((text) => element("th", "", text)));
   table.append(element("thead"), part("versions", "tbody"));
   table.tHead.append(head);
   const buttons = element("div", "buttons");
   for (const control of Object.keys(MEANINGS)) {
     const button = element("button", "", title(control));
     button.type = "button";
-    button.onclick = () => ask(name, control);
+    button.onclick = () => ask(name, control, panel.version);
     panel.buttons[control] = button;
     buttons.append(button);
   }
@@ -226,14 +226,16 @@ function newPanel(name) {
   return panel;
 }
 
-function fillPanel({ parts, buttons }, session) {
+function fillPanel(panel, session) {
+  const { parts, buttons } = panel;
   const over = session.state === "stopped";
+  panel.version = session.candidate ?? session.live; // that a promotion or a roll back would befall
   say(parts.state, session.state);
   parts.state.classList.toggle("running", session.state === "running");
   say(parts.task, [session.task, `${session.episodes} episodes, ${session.open} open`].filter(Boolean).join(" · "));
   say(parts.standing, session.standing);
   buttons.promote.disabled = session.candidate === null;
-  buttons.roll_back.disabled = session.candidate === null && session.past === 0;
+  buttons.roll_back.disabled = over || (session.candidate === null && session.past === 0);
   buttons.pause.hidden = session.state !== "running";
   buttons.resume.hidden = session.state !== "paused";
   buttons.stop.disabled = over;
@@ -249,7 +251,7 @@ function fillOnce(list, items, line) {
   list.replaceChildren(...items.map(line));
 }
 
-function versionRow({ version, role, successes, episodes, interval, interventions, trouble }) {
+function versionRow({ version, role, successes, episodes, interval, interventions, trouble, errors }) {
   const row = element("tr");
   const [low, high] = interval;
   const bar = element("td");
@@ -260,6 +262,7 @@ function versionRow({ version, role, successes, episodes, interval, intervention
     bar,
     element("td", "", interventions),
     element("td", "", percent(trouble)),
+    element("td", "", errors),
   );
   return row;
 }
@@ -284,11 +287,12 @@ function eventLine({ unix_s, what, version, by, reason }) {
 
 // A person's word about a session, which takes an admin's token where the server asks for tokens.
 
-const word = { session: "", control: "" };
+const word = { session: "", control: "", version: 0 };
 
-function ask(session, control) {
-  Object.assign(word, { session, control });
-  say(byId("word-title"), `${title(control)}: session ${session}`);
+function ask(session, control, version) {
+  Object.assign(word, { session, control, version });
+  const whose = control === "promote" || control === "roll_back" ? `, version ${version}` : "";
+  say(byId("word-title"), `${title(control)}: session ${session}${whose}`);
   say(byId("word-meaning"), MEANINGS[control]);
   say(byId("word-say"), title(control));
   say(byId("word-refusal"), "");
@@ -299,7 +303,7 @@ function ask(session, control) {
 async function sayWord() {
   const token = byId("word-token").value;
   const headers = { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) };
-  const body = JSON.stringify({ note: byId("word-note").value });
+  const body = JSON.stringify({ note: byId("word-note").value, version: word.version });
   const path = `sessions/${encodeURIComponent(word.session)}/${word.control}`;
   try {
     const reply = await fetch(path, { method: "POST", headers, body, signal: AbortSignal.timeout(GIVE_UP_MS) });

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import CannotStart, OutOfOrder, UnknownSession
+from policy_server.errors import CannotStart, OutOfOrder, Overloaded, UnknownSession
 from policy_server.gate import GateRule
 from policy_server.session import Charter, moves, trial_of
 from policy_server.session_service import described
@@ -127,7 +129,10 @@ def test_one_that_is_held_more_is_rolled_back_though_it_succeeds(lab):
         lab.play(CANDIDATE, SUCCESS, Counter(moved=5, held=3, clipped=2))
         if lab.message().HasField("candidate_version"):
             lab.play(LIVE, SUCCESS)
-    assert lab.whats() == ["offer", "roll back"] and "held or clipped more" in lab.message().log[-1].reason
+    assert (
+        lab.whats() == ["offer", "roll back"]
+        and "held or clipped, or ends as an error, more" in lab.message().log[-1].reason
+    )
 
 
 def test_one_of_which_nothing_is_shown_is_undecided_at_the_rules_end(lab):
@@ -144,9 +149,18 @@ def test_an_episode_with_a_persons_help_is_no_success(lab):
     assert (tally.episodes, tally.successes, tally.interventions, tally.ticks) == (1, 0, 1, 5)
 
 
-def test_one_that_ended_as_an_error_is_none(lab):
+def test_one_that_ended_as_an_error_is_neither_success_nor_failure_but_is_known(lab):
     lab.play(LIVE, ERROR)
-    assert not lab.message().versions
+    [version] = lab.message().versions
+    assert (version.tally.episodes, version.tally.errors, version.tally.ticks) == (0, 1, 0)
+
+
+def test_one_that_causes_errors_is_rolled_back(lab):
+    offer(lab)
+    while lab.message().HasField("candidate_version"):
+        lab.play(CANDIDATE, ERROR)
+        lab.play(LIVE, SUCCESS)
+    assert lab.whats() == ["offer", "roll back"] and "ends as an error, more" in lab.message().log[-1].reason
 
 
 def test_episodes_count_in_the_order_in_which_they_began(lab):
@@ -225,6 +239,71 @@ def test_a_line_that_a_kill_cut_is_dropped_and_the_log_goes_on(lab, kept):
     assert lab.message().versions[0].tally.episodes == 1
 
 
+@pytest.mark.parametrize("kept", [0, 30])
+def test_a_start_that_a_kill_cut_short_is_none(lab, kept):
+    log = lab.folder / "sessions" / "s.jsonl"
+    log.write_bytes(log.read_bytes()[:kept])
+    lab.restart()
+    assert lab.sessions.ids == [] and not log.exists()
+    lab.sessions.start(charter())
+    lab.restart()
+    assert lab.sessions.ids == ["s"]
+
+
+class FullDisk:
+    """Of the files that a session's log is: takes half of each write, and then no more."""
+
+    def __init__(self, file):
+        self._file, self._full = file, False
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def write(self, data) -> int:
+        if self._full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._full = True
+        return self._file.write(data[: len(data) // 2])
+
+
+@pytest.fixture
+def full_disk(lab, monkeypatch):
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *how, **more: FullDisk(opened(path, *how, **more)))
+        yield patch
+
+
+def test_what_a_full_disk_cut_is_not_in_the_log(lab, full_disk):
+    with pytest.raises(Overloaded, match="No space left"):
+        offer(lab)
+    with pytest.raises(Overloaded, match="No space left"):
+        lab.sessions.start(charter("t"))
+    assert lab.message() and not lab.whats() and lab.sessions.ids == ["s"]
+    full_disk.undo()
+    lab.sessions.start(charter("t"))
+    offer(lab, 2)
+    lab.restart()
+    assert lab.whats() == ["offer"] and lab.message().candidate_version == 2
+    assert sorted(lab.sessions.ids) == ["s", "t"]
+
+
+def test_what_was_played_before_a_session_of_that_name_is_not_its_own(lab):
+    start, writer = lab.begin()
+    lab.stored(writer, SUCCESS)
+    (lab.folder / "sessions" / "s.jsonl").unlink()
+    lab.restart()
+    lab.sessions.start(charter(started_unix_ns=start.started_unix_ns + 1))
+    lab.restart()
+    assert not lab.message().versions
+
+
 def test_a_log_that_is_damaged_elsewhere_stops_the_server_and_is_named(lab):
     log = lab.folder / "sessions" / "s.jsonl"
     lab.play(LIVE, SUCCESS)
@@ -246,6 +325,18 @@ def test_people_promote_roll_back_and_go_back(lab):
     assert lab.whats() == ["offer", "promote", "revert"]
 
 
+def test_a_persons_word_befalls_the_version_that_is_meant_or_none(lab):
+    offer(lab)
+    for control in ("promote", "roll_back"):
+        with pytest.raises(OutOfOrder, match="version 2 is meant, but version 1 is on trial now"):
+            lab.sessions.control("s", control, "", version=2)
+    lab.sessions.control("s", "promote", "", version=1)
+    with pytest.raises(OutOfOrder, match="version 0 is meant, but version 1 is live now"):
+        lab.sessions.control("s", "roll_back", "", version=0)
+    lab.sessions.control("s", "roll_back", "", version=1)
+    assert lab.whats() == ["offer", "promote", "revert"]
+
+
 def test_a_paused_session_goes_on_with_its_live_version_and_tries_nothing(lab):
     offer(lab)
     lab.sessions.control("s", "pause", "")
@@ -264,6 +355,22 @@ def test_a_stopped_session_takes_no_more_episodes_and_stays_stopped(lab):
         lab.sessions.choose("s")
     with pytest.raises(OutOfOrder, match="stopped"):
         lab.sessions.control("s", "resume", "")
+
+
+def test_a_stopped_session_keeps_its_live_version(lab):
+    offer(lab)
+    lab.sessions.control("s", "promote", "")
+    lab.sessions.control("s", "stop", "")
+    with pytest.raises(OutOfOrder, match="'s' is over"):
+        lab.sessions.control("s", "roll_back", "")
+
+
+def test_nothing_is_kept_for_the_trainer_of_a_stopped_session(lab):
+    lab.play(LIVE, SUCCESS)
+    lab.store.commit("s", 0)
+    lab.store.commit("other", 0)
+    lab.sessions.control("s", "stop", "")
+    assert json.loads((lab.folder / "episodes" / "cursors.json").read_text()) == {"other": 0}
 
 
 def test_one_candidate_is_on_trial_at_a_time_and_none_that_was_live(lab):
@@ -305,6 +412,5 @@ def test_moves_tell_the_policys_from_others():
         episode_pb2.Tick(source=episode_pb2.SOURCE_EXPERT),
     ]
     trial = trial_of(FAILURE, moves(ticks))
-    assert trial is not None
     assert (trial.ticks, trial.holds, trial.clips, trial.intervened) == (4, 1, 1, True)
-    assert trial_of(ERROR, moves(ticks)) is None
+    assert not trial.error and trial_of(ERROR, moves(ticks)).error

@@ -100,6 +100,9 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(server, channel):
     assert say(server, "/sessions/s/explode")[0] == 404
     for body in (b"{", b"[1]", b"\xff"):
         assert say(server, "/sessions/s/promote", body) == (400, 'must be a JSON object like {"note": "why"}')
+    body = {"note": "", "version": 7}
+    assert say(server, "/sessions/s/promote", body) == (409, "version 7 is meant, but version 1 is on trial now")
+    assert say(server, "/sessions/s/promote", {"version": "1"}) == (400, "version must be a whole number, got '1'")
     assert shown(server)["candidate"] is not None
 
 
@@ -156,6 +159,7 @@ def test_the_page_shows_a_session_and_takes_a_persons_word(server, channel, look
     assert rows[0].startswith("0, live ") and rows[1].startswith(f"{candidate}, on trial ")
     assert "offer, version 1, by trainer" in words(page, ".session .log")
     page.click(".session button:has-text('Promote')")
+    assert words(page, "#word-title") == f"Promote: session s, version {candidate}"
     page.fill("#word-note", HOSTILE)
     page.click("#word-say")
     page.wait_for_function("() => document.querySelector('.session .log li').innerText.includes('promote')")
@@ -166,6 +170,18 @@ def test_the_page_shows_a_session_and_takes_a_persons_word(server, channel, look
     assert words(page, "#episodes-title") == "Episodes of session s"
     page.click("#all")
     page.wait_for_function("() => document.querySelector('#episodes-title').innerText === 'Episodes'")
+
+
+def test_a_word_befalls_the_version_that_was_shown_when_it_was_asked_for_or_none(server, channel, look):
+    candidate = on_trial(server, channel, episodes=2)
+    page = look(server)
+    page.click(".session button:has-text('Roll back')")
+    server.server._sessions.control("s", "promote", "")  # by somebody else, meanwhile
+    server.server._sessions.offer("s", candidate + 1, accepted=True, reason="")
+    page.wait_for_function("() => document.querySelector('.session .log li').innerText.includes('offer')")
+    page.click("#word-say")
+    page.wait_for_function("() => document.querySelector('#word-refusal').innerText")
+    assert words(page, "#word-refusal") == "version 1 is meant, but version 2 is on trial now"
 
 
 def test_a_word_that_is_refused_says_why_and_a_token_is_asked_for(tmp_path, browser):

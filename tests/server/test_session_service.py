@@ -183,6 +183,27 @@ def test_versions_of_a_session_are_kept_whatever_is_published_after_them(server,
     assert episodes(server, session_id="s")[-1].version == offer.version
 
 
+def test_a_persons_word_may_name_the_version_it_is_to_befall(server, sessions, admin):
+    begun(sessions)
+    play(server)
+    offer = published(admin, b"near")
+    sessions.OfferCandidate(offer, timeout=10)
+    word = session_pb2.ControlSessionRequest(session_id="s", control=session_pb2.CONTROL_PROMOTE, version=0)
+    refused = refusal(lambda: sessions.ControlSession(word, timeout=10))
+    assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION and "version 0 is meant" in refused.details()
+    word.version = offer.version
+    assert sessions.ControlSession(word, timeout=10).live_version == offer.version
+
+
+def test_errors_are_counted_apart(server, sessions):
+    begun(sessions)
+    play(server, episode_pb2.OUTCOME_ERROR)
+    play(server, episode_pb2.OUTCOME_FAILURE)
+    session = sessions.GetSession(session_pb2.GetSessionRequest(session_id="s", with_episodes=True), timeout=10)
+    assert [(one.tally.episodes, one.tally.errors) for one in session.versions] == [(1, 1)]
+    assert [one.error for one in session.episodes] == [True, False]
+
+
 def test_a_session_survives_the_server(tmp_path):
     with running(tmp_path) as server, grpc.insecure_channel(server.admin_address) as channel:
         begun(session_pb2_grpc.SessionsStub(channel))

@@ -20,8 +20,9 @@ from policy_server.vla.lora import lora_tensors
 from policy_server.vla.model import collate
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
-from protos import session_pb2
+from protos import episode_pb2, session_pb2
 from protos.episode_file import Episode, read_episode
+from rl_trainer import session_client
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
@@ -29,6 +30,7 @@ from rl_trainer.session import STATE, VERDICTS, SessionRun, claim, train_session
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_commands import Export, List, Rollback, Show
 from rl_trainer.session_config import At, GateConfig, SessionConfig
+from rl_trainer.shaping import ShapingConfig
 from rl_trainer.trajectories import TrajectoryReader
 from tests.server.running import RunningServer, serving
 from tests.trainer.fake_worker import Succeeds, by_seed, working
@@ -162,12 +164,65 @@ def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path
             train_session(config)
         train_session(replace(config, resume=True))
         with closing(SessionClient(config.at.run_server)) as client:
-            _, episodes = client.episodes("lab", 0)
+            episodes = list(client.all_episodes("lab", 0))
     fields, _ = load_state(config.out / STATE)
     assert next(event["version"] for event in log_of(tmp_path) if event["what"] == "offer") == 1
     taken = [number for number, _ in episodes if number <= fields["cursor"]]
     assert fields["counts"]["episodes"] == len(taken) >= 30
     assert len({episode.start.rollout_id for episode in episodes_of(tmp_path)}) == len(episodes_of(tmp_path))
+
+
+def test_a_session_that_has_learned_is_not_begun_again_from_another_folder(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        config = config_of(tmp_path, tiny_vla, server)
+        with closing(SessionRun(config)) as run:
+            while run.state.live != 1:
+                assert run.step()
+        with pytest.raises(ValueError, match="'lab' is at version 1 already, which this folder has not"):
+            SessionRun(replace(config, out=tmp_path / "other", session="lab"))
+
+
+def test_episodes_are_read_a_few_at_a_time(tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_client, "AT_ONCE", 4)
+    with lab(tiny_vla, tmp_path) as server:
+        config = config_of(tmp_path, tiny_vla, server, budget_episodes=10)
+        train_session(config)
+        with closing(SessionClient(config.at.run_server)) as client:
+            newest, some = client.episodes("lab", 0)
+            numbers = [number for number, _ in client.all_episodes("lab", 0)]
+            assert [number for number, _ in some] == numbers[:4] and newest == numbers[3]
+            assert len(numbers) == len(episodes_of(tmp_path)) >= 10 and client.newest("lab") == numbers[-1]
+
+
+def test_an_offer_that_is_refused_for_good_ends_the_trainer(tiny_vla: Path, tmp_path: Path) -> None:
+    with (
+        lab(tiny_vla, tmp_path) as server,
+        closing(SessionRun(config_of(tmp_path, tiny_vla, server))) as run,
+    ):
+        while not run._due:
+            run._ask_for_practice()
+            run._take_in()
+            if run._new >= run.config.update_every:
+                run.improve()
+        run._keep_weights = lambda version: setattr(run.state, "fingerprint", "0" * 64)  # not what was published
+        with pytest.raises(ValueError, match="device_fingerprint"):
+            run._put_forward()
+
+
+def test_a_success_with_help_is_none_of_the_policys_for_the_trainer_too(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: True) as server:
+        config = config_of(tmp_path, tiny_vla, server, budget_episodes=8, update_every=100)
+        with closing(SessionRun(config)) as run:
+            read = run.client.episodes
+            run.client.episodes = lambda *what: helped_out(*read(*what))
+            run.go()
+            assert run.state.counts["episodes"] >= 8 and not run.state.counts["successes"]
+
+
+def helped_out(newest: int, found: list[tuple[int, Episode]]) -> tuple[int, list[tuple[int, Episode]]]:
+    for _, episode in found:
+        episode.ticks[-1].source = episode_pb2.SOURCE_HUMAN
+    return newest, found
 
 
 def test_a_candidate_is_so_many_updates_ahead(tiny_vla: Path, tmp_path: Path) -> None:
@@ -208,6 +263,10 @@ def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path:
         ({"update_every": 0}, "update_every must be >= 1, got 0"),
         ({"offer_every": 0}, "offer_every must be >= 1, got 0"),
         ({"reward": "both"}, "reward_model is for"),
+        (
+            {"reward": "both", "reward_model": Path("r"), "shaping": ShapingConfig(rule="none")},
+            "shaping.rule must be potential or paper for the reward 'both', got 'none'",
+        ),
         ({"base_version": 3}, "adapter and base_version are given together"),
         ({"learner": LearnerConfig(average=0.9)}, "average must be 0"),
     ],

@@ -56,7 +56,7 @@ def test_the_page_says_what_the_server_says_and_needs_nothing_else(tmp_path: Pat
     path = report(tmp_path, session())
     page = Page(path)
     versions, log = page.tables
-    assert versions[1] == ["0", "base", "12/30", "40.0", "[24.6, 57.7]", "3", "5.0"]
+    assert versions[1] == ["0", "base", "12/30", "40.0", "[24.6, 57.7]", "3", "5.0", "0"]
     assert versions[2][:3] == ["1", "live", "0/0"]
     assert [line[1:] for line in log[1:]] == [
         ["offer", "1", "trainer", "near enough"],

@@ -85,6 +85,15 @@ def test_shaping_takes_the_same_from_every_way_to_an_end_so_that_returns_keep_th
     assert (rankdata(with_shaping.round(9)) == rankdata(plain.round(9))).all()
 
 
+def test_progress_alone_is_kept_where_the_task_ended_or_every_way_would_pay_the_same() -> None:
+    ways = [trajectory([20, 70], (1, 2), success=True), trajectory([20, 40]), trajectory([20, 40], after=30)]
+    far, near, cut = shaped_rewards(ways, Brightness(), POTENTIAL, gamma=0.9, outcome=False)
+    np.testing.assert_allclose(far, [0.9 * 0.7 - 0.2, 0.81 * 0.7 - 0.7])
+    np.testing.assert_allclose(near, [0.9 * 0.4 - 0.2, 0.9 * 0.4 - 0.4])
+    np.testing.assert_allclose(cut, [0.9 * 0.4 - 0.2, 0.9 * 0.3 - 0.4])
+    assert discounted(far, ways[0].ticks_T) > discounted(near, ways[1].ticks_T)
+
+
 def test_the_paper_pays_every_decision_that_is_thought_a_milestone_which_can_be_worth_more_than_success() -> None:
     ways = [trajectory([20, 90], success=True), trajectory([80, 90, 70], after=80)]
     finished, dwelling = shaped_rewards(ways, Brightness(), PAPER, gamma=GAMMA)
