@@ -66,9 +66,9 @@ class GateRule:
     """of the session's episodes that the candidate gets"""
     max_episodes: int = 60
     """of the candidate; then it is dropped (how often by then: benchmarks/gate.py)"""
-    envelope: float = 0.15
-    """how far the candidate's actions may lie from the live version's before any robot sees one, in the mean over what
-    the session's robots saw lately; 1 is the whole range of a number"""
+    envelope: float = 0.25
+    """how far the candidate's actions may lie from the live version's before any robot sees one: in the mean over what
+    the session's robots saw lately, in that number of an action which differs most; 1 is its whole range"""
 
     def __post_init__(self) -> None:
         for name in ("margin", "trouble_rise"):
@@ -279,8 +279,9 @@ def takes_candidate(rule: GateRule, draw: float) -> bool:
 
 
 def departure(live_nKA: np.ndarray, candidate_nKA: np.ndarray, span_A: np.ndarray) -> float:
-    """Mean distance of two versions' answers to the same observations, each number in parts of its range span_A."""
-    return float((np.abs(candidate_nKA - live_nKA) / span_A).mean())
+    """Mean distance of two versions' answers to the same observations, in parts of the range span_A: of that number
+    which differs most, as a mean over all would hide one that is turned about."""
+    return float((np.abs(candidate_nKA - live_nKA) / span_A).mean(axis=(0, 1)).max())
 
 
 def judge(rule: GateRule, trial: Comparison) -> Judgement:

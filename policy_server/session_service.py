@@ -145,8 +145,8 @@ class SessionService(session_pb2_grpc.SessionsServicer):
         with self._sessions.read(request.session_id) as session:
             envelope = session.charter.rule.envelope
         return apart <= envelope, (
-            f"on {len(seen)} observations its actions lie {apart:.3f} of their range from those of version {live},"
-            f" at most {envelope:g} may be"
+            f"on {len(seen)} observations, in the number that differs most, its actions lie {apart:.3f} of the range"
+            f" from those of version {live}, at most {envelope:g} may be"
         )
 
     def _seen(self, session_id: str) -> list[Any]:

@@ -16,6 +16,7 @@ from policy_server.gate import (
     Judgement,
     Trial,
     closest,
+    departure,
     judge,
     takes_candidate,
 )
@@ -247,6 +248,14 @@ def test_the_reason_has_the_numbers():
         "the candidate does not succeed less often by 0.1 or more: success 29 of 30, live 2 of 30; held or clipped 6.0%"
         f" of ticks, live 4.0%; errors 0, live 0; e-values: promote {judgement.promote_e:.3g} (needs 20), roll back "
     )
+
+
+def test_one_number_that_is_turned_about_is_far_off_however_many_are_the_same():
+    live_nKA = np.random.default_rng(0).uniform(-1, 1, (4, 3, 7))
+    turned_nKA = live_nKA * [1, 1, 1, 1, 1, 1, -1]
+    apart = departure(live_nKA, turned_nKA, np.full(7, 2.0))
+    assert apart == pytest.approx(np.abs(live_nKA[..., 6]).mean()) and apart > RULE.envelope
+    assert departure(live_nKA, live_nKA, np.full(7, 2.0)) == 0
 
 
 def test_the_candidate_gets_its_share_of_uniform_draws():
