@@ -4,8 +4,8 @@
 
 Every stream goes through the real `judge`, after each episode and up to its first verdict; `takes_candidate` says whose
 turn it is.  In a world without trouble the two versions differ in success alone; in one with trouble they succeed
-alike, and an episode is held or clipped in 80 % of its ticks when the arm gets stuck, else about as much as the world
-says.
+alike, and an episode ends as an error, or is held or clipped in 80 % of its ticks when the arm gets stuck, else about
+as much as the world says.
 
 A stated error counts as held when the upper end of its interval is not above it in any world that it is about.
 Intervals are Clopper and Pearson's at 95 %.  Prints a table, writes benchmarks/results/gate.json.
@@ -60,6 +60,8 @@ class World:
     """mean share of an episode's ticks that are held or clipped while the arm is not stuck"""
     stuck: tuple[float, float] = (0.0, 0.0)
     """probability that it gets stuck in an episode"""
+    errors: tuple[float, float] = (0.0, 0.0)
+    """probability that an episode ends as an error"""
 
 
 CANDIDATES = {
@@ -86,6 +88,9 @@ TROUBLE_WORLDS = [
         ("stuck 1 in 5 to 1 in 2", (0.05, 0.05), (0.2, 0.5)),
         ("stuck never to always", (0.05, 0.05), (0.0, 1.0)),
     )
+] + [
+    World(name=f"errors {before:.0%} and {after:.0%}", success=(0.5, 0.5), errors=(before, after))
+    for before, after in ((0.1, 0.1), (0.1, 0.3), (0.1, 0.6), (0.0, 1.0))
 ]
 
 
@@ -171,11 +176,13 @@ def stream(world: World, rule: GateRule, rng: np.random.Generator) -> tuple[str,
     end = judgement.verdict
     if end == "roll back":
         end += f": {'trouble' if judgement.trouble_e >= 1 / rule.trouble_error else 'success'}"
-    return end, comparison.candidate.episodes
+    return end, comparison.candidate.ended
 
 
 def episode(world: World, whose: bool, rng: np.random.Generator) -> Trial:
     """One of the candidate, or of the live version."""
+    if world.errors[whose] and rng.random() < world.errors[whose]:
+        return Trial(success=False, error=True, ticks=0)
     success, stuck = rng.random(2) < (world.success[whose], world.stuck[whose])
     share = (STUCK if stuck else world.trouble[whose]) * rng.normal(1, SPREAD)
     return Trial(success=bool(success), ticks=TICKS, clips=round(TICKS * min(max(share, 0), 1)))
@@ -199,7 +206,9 @@ def laws_of(rows: Sequence[Row], rule: GateRule) -> list[Law]:
 
     worse = [row for row in rows if gain(row.world) <= -rule.margin]
     as_good = [row for row in rows if gain(row.world) >= 0]
-    as_calm = [row for row in rows if len(set(row.world.trouble)) == len(set(row.world.stuck)) == 1]
+    as_calm = [
+        row for row in rows if all(len(set(two)) == 1 for two in (row.world.trouble, row.world.stuck, row.world.errors))
+    ]
     return [
         law("worse by the margin or more, and promoted", "promote", rule.promote_error, worse),
         law("as good or better, and rolled back for failing", "roll back: success", rule.rollback_error, as_good),
