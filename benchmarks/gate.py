@@ -55,7 +55,7 @@ class World:
 
     name: str
     success: tuple[float, float]
-    """probability"""
+    """probability, where an episode does not end as an error"""
     trouble: tuple[float, float] = (0.0, 0.0)
     """mean share of an episode's ticks that are held or clipped while the arm is not stuck"""
     stuck: tuple[float, float] = (0.0, 0.0)
@@ -202,7 +202,8 @@ def laws_of(rows: Sequence[Row], rule: GateRule) -> list[Law]:
         return Law(text=text, stated=stated, worst=highest, world=worst.world.name, held=highest.high <= stated)
 
     def gain(world: World) -> float:
-        return round(world.success[1] - world.success[0], 9)
+        live, candidate = (success * (1 - errors) for success, errors in zip(world.success, world.errors, strict=True))
+        return round(candidate - live, 9)
 
     worse = [row for row in rows if gain(row.world) <= -rule.margin]
     as_good = [row for row in rows if gain(row.world) >= 0]

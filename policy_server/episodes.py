@@ -260,12 +260,13 @@ class Episodes:
         episode_id = episode.start.episode_id
         if episode_id not in self._open:  # a decision that was under way has lost it
             self.ended_as(episode_id)
-        self._claim_rollout(episode, end)
+        told = not by_server  # by its client, how it ended
+        told &= self._claim_rollout(episode, end)
         sequence = 0
         try:
             episode.executed(ticks)
             if self._store is not None and episode.writer is not None:
-                sequence = await asyncio.to_thread(self._finish, self._store, episode, end)
+                sequence = await asyncio.to_thread(self._finish, self._store, episode, end, told)
         except Exception as error:  # whatever it was, the file is not whole
             raise self.lose(episode, error) from error
         self.ended[end.outcome] += 1
@@ -296,16 +297,21 @@ class Episodes:
         if episode.lease is not None:
             self._rollouts.fail(episode.lease, str(lost()))
         if self._sessions is not None and episode.start.session_id:
-            self._sessions.lose(episode.start)
+            self._sessions.leave_out(episode.start)
         self._forget(episode, lost)
         return lost()
 
-    def _finish(self, store: EpisodeStore, episode: Episode, end: episode_pb2.EpisodeEnd) -> int:
-        """Stores an episode, then counts it in its session; gives its number.  Raises OSError."""
+    def _finish(self, store: EpisodeStore, episode: Episode, end: episode_pb2.EpisodeEnd, told: bool) -> int:
+        """Stores an episode, then counts it in its session if its client told its end; gives its number.
+
+        Raises OSError.
+        """
         assert episode.writer is not None
         sequence = store.finish(episode.writer, end)
-        if self._sessions is not None and episode.start.session_id:
+        if self._sessions is not None and episode.start.session_id and told:
             self._sessions.end(episode.start, end.outcome, episode.moved)
+        elif self._sessions is not None and episode.start.session_id:
+            self._sessions.leave_out(episode.start)
         return sequence
 
     def _lease(self, lease_id: str) -> Lease | None:
@@ -314,13 +320,14 @@ class Episodes:
             raise OutOfOrder(f"lease {lease_id!r} is not held: it was lost, or never given", field="lease_id")
         return lease
 
-    def _claim_rollout(self, episode: Episode, end: episode_pb2.EpisodeEnd) -> None:
-        """An episode that ended well ends as an error when its rollout has ended without it."""
+    def _claim_rollout(self, episode: Episode, end: episode_pb2.EpisodeEnd) -> bool:
+        """False, and it ends as an error, for an episode that ended well when its rollout had ended without it."""
         if episode.lease is None or end.outcome == episode_pb2.OUTCOME_ERROR or self._rollouts.claim(episode.lease):
-            return
+            return True
         rollout_id = episode.lease.rollout.rollout_id
         end.outcome = episode_pb2.OUTCOME_ERROR
         end.message = f"not counted: rollout {rollout_id!r} was completed by another episode, set aside or cancelled"
+        return False
 
     def _forget(self, episode: Episode, closed: int | Callable[[], Refused]) -> None:
         self._open.pop(episode.start.episode_id, None)

@@ -22,11 +22,13 @@ looks, and whenever one stops.  What is assumed: episodes are independent, and H
 probabilities may drift from pair to pair.  With several robots that holds in the order in which episodes began, not
 ended: a failure takes longer.  A share far from one half leaves many episodes without a pair.
 
+An episode that ended as an error is no success.
+
 Trouble is found in the same way.  For every tenth there is evidence from whether more than that share of an episode's
-ticks was held or clipped, against H0 that this befalls the candidate no more often; the mean of all nine obeys the same
-law.  An episode counts once, however its ticks hang together; one that ended as an error, which is no trial of success,
-counts as held throughout.  The finding counts only while the candidate's share of all its ticks, or of its episodes
-that were errors, exceeds the live version's by more than `trouble_rise`.
+ticks was held or clipped, and there is evidence from whether it ended as an error, against H0 that this befalls the
+candidate no more often; the mean of all ten obeys the same law.  An episode counts once, however its ticks hang
+together.  What was held or clipped counts only while the candidate's share of all its ticks exceeds the live version's
+by more than `trouble_rise`; errors, while its share of episodes does.
 
 Sources: Turner, Ly and Grünwald 2024, Generic E-variables for exact sequential k-sample tests that allow for optional
 stopping; Ramdas, Grünwald, Vovk and Shafer 2023, Game-theoretic statistics and safe anytime-valid inference;
@@ -87,7 +89,7 @@ class Trial:
 
     success: bool
     error: bool = False
-    """it ended as one: neither a success nor a failure, but trouble"""
+    """the robot said that it ended as one"""
     intervened: bool = False
     """a person took over: whatever came of it, it is no success of the policy"""
     ticks: int
@@ -111,8 +113,8 @@ class Trial:
 
     @property
     def trouble(self) -> float:
-        """Share of its ticks that were held or clipped; all of an error's."""
-        return 1.0 if self.error else (self.holds + self.clips) / max(self.ticks, 1)
+        """Share of its ticks that were held or clipped."""
+        return (self.holds + self.clips) / max(self.ticks, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +224,8 @@ class Comparison:
     """that it succeeds less often"""
     troubled: tuple[Evidence, ...] = (Evidence(),) * len(LEVELS)
     """for each of LEVELS: that a larger share of ticks is held or clipped in more of its episodes"""
+    broken: Evidence = Evidence()
+    """that more of its episodes end as errors"""
 
     @classmethod
     def under(cls, rule: GateRule) -> Comparison:
@@ -237,19 +241,16 @@ class Comparison:
             return replace(counted, waiting=(*self.waiting, trial))
         other, *waiting = self.waiting
         candidate, live = (trial, other) if of_candidate else (other, trial)
-        if not (candidate.error or live.error):
-            counted = replace(
-                counted,
-                as_good=self.as_good.plus(candidate.own_success, live.own_success),
-                worse=self.worse.plus(live.own_success, candidate.own_success),
-            )
         return replace(
             counted,
             waiting=tuple(waiting),
+            as_good=self.as_good.plus(candidate.own_success, live.own_success),
+            worse=self.worse.plus(live.own_success, candidate.own_success),
             troubled=tuple(
                 evidence.plus(candidate.trouble > level, live.trouble > level)
                 for evidence, level in zip(self.troubled, LEVELS, strict=True)
             ),
+            broken=self.broken.plus(candidate.error, live.error),
         )
 
 
@@ -278,18 +279,21 @@ def takes_candidate(rule: GateRule, draw: float) -> bool:
     return draw < rule.share
 
 
-def departure(live_nKA: np.ndarray, candidate_nKA: np.ndarray, span_A: np.ndarray) -> float:
-    """Mean distance of two versions' answers to the same observations, in parts of the range span_A: of that number
-    which differs most, as a mean over all would hide one that is turned about."""
-    return float((np.abs(candidate_nKA - live_nKA) / span_A).mean(axis=(0, 1)).max())
+def departure(live_nKA: np.ndarray, candidate_nKA: np.ndarray, span_A: np.ndarray) -> np.ndarray:
+    """Mean distance of two versions' answers to the same observations, (A,), in parts of each number's range span_A.
+
+    The largest tells: a mean over all numbers would hide one that is turned about.
+    """
+    return (np.abs(candidate_nKA - live_nKA) / span_A).mean(axis=(0, 1))
 
 
 def judge(rule: GateRule, trial: Comparison) -> Judgement:
     """The verdict on the episodes so far.  The errors are as stated if the first one that is not `open` is kept."""
     live, candidate = trial.live, trial.candidate
-    promote_e, rollback_e, trouble_e = trial.as_good.e, trial.worse.e, 0.0
-    if max(candidate.trouble - live.trouble, candidate.error_share - live.error_share) > rule.trouble_rise:
-        trouble_e = sum(evidence.e for evidence in trial.troubled) / len(LEVELS)
+    promote_e, rollback_e = trial.as_good.e, trial.worse.e
+    held = sum(evidence.e for evidence in trial.troubled) * (candidate.trouble - live.trouble > rule.trouble_rise)
+    broken = trial.broken.e * (candidate.error_share - live.error_share > rule.trouble_rise)
+    trouble_e = (held + broken) / (len(LEVELS) + 1)
     if trouble_e >= 1 / rule.trouble_error:
         verdict, finding = "roll back", "the candidate is held or clipped, or ends as an error, more"
     elif rollback_e >= 1 / rule.rollback_error:
@@ -303,8 +307,8 @@ def judge(rule: GateRule, trial: Comparison) -> Judgement:
     return Judgement(
         verdict=verdict,
         reason=(
-            f"{finding}: success {candidate.successes} of {candidate.episodes}, live {live.successes} of"
-            f" {live.episodes}; held or clipped {candidate.trouble:.1%} of ticks, live {live.trouble:.1%};"
+            f"{finding}: success {candidate.successes} of {candidate.ended}, live {live.successes} of"
+            f" {live.ended}; held or clipped {candidate.trouble:.1%} of ticks, live {live.trouble:.1%};"
             f" errors {candidate.errors}, live {live.errors};"
             f" e-values: promote {promote_e:.3g} (needs {1 / rule.promote_error:g}), roll back {rollback_e:.3g}"
             f" ({1 / rule.rollback_error:g}), trouble {trouble_e:.3g} ({1 / rule.trouble_error:g})"

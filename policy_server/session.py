@@ -172,7 +172,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._begun: dict[str, Begun] = {}
-        self._ended: dict[str, Trial] = {}
+        self._ended: dict[str, Trial | None] = {}
 
     @property
     def open(self) -> int:
@@ -182,13 +182,14 @@ class Turns:
     def begin(self, episode: Begun) -> None:
         self._begun[episode.episode_id] = episode
 
-    def end(self, episode_id: str, trial: Trial) -> list[tuple[Begun, Trial]]:
-        """It is over; gives those whose turn has come by that."""
+    def end(self, episode_id: str, trial: Trial | None) -> list[tuple[Begun, Trial]]:
+        """It is over, and may be no trial; gives those whose turn has come by that."""
         if episode_id in self._begun:
             self._ended[episode_id] = trial
         due = list[tuple[Begun, Trial]]()
         while self._begun and (first := next(iter(self._begun))) in self._ended:
-            due.append((self._begun.pop(first), self._ended.pop(first)))
+            begun, trial = self._begun.pop(first), self._ended.pop(first)
+            due += [(begun, trial)] if trial is not None else []
         return due
 
 

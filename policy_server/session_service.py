@@ -141,12 +141,13 @@ class SessionService(session_pb2_grpc.SessionsServicer):
         if not all(np.isfinite(answer.token_logprobs_N).all() for answer in answers[request.version]):
             return False, f"version {request.version} does not compute: its log-probabilities are no numbers"
         live_nKA, candidate_nKA = (np.stack([a.actions_KA for a in answers[v]]) for v in answers)
-        apart = gate.departure(live_nKA, candidate_nKA, self._span_A)
+        apart_A = gate.departure(live_nKA, candidate_nKA, self._span_A)
+        most = int(apart_A.argmax())
         with self._sessions.read(request.session_id) as session:
             envelope = session.charter.rule.envelope
-        return apart <= envelope, (
-            f"on {len(seen)} observations, in the number that differs most, its actions lie {apart:.3f} of the range"
-            f" from those of version {live}, at most {envelope:g} may be"
+        return bool(apart_A[most] <= envelope), (
+            f"on {len(seen)} observations its {self._spec.action[most].name} lies {apart_A[most]:.3f} of the range from"
+            f" that of version {live}, other numbers less; at most {envelope:g} may be"
         )
 
     def _seen(self, session_id: str) -> list[Any]:

@@ -129,16 +129,19 @@ class Sessions:
 
     def end(self, start: episode_pb2.EpisodeStart, outcome: int, moved: Counter[str]) -> None:
         """It is over, and stored; moved: moves() of its ticks.  Those whose turn has come are counted and judged."""
+        self._end(start, trial_of(outcome, moved))
+
+    def leave_out(self, start: episode_pb2.EpisodeStart) -> None:
+        """It is over, and says nothing of its version: the server ended it, or could not store it."""
+        self._end(start, None)
+
+    def _end(self, start: episode_pb2.EpisodeStart, trial: Trial | None) -> None:
         with self._writing:
             session = self._sessions[start.session_id]
             with self._lock:
-                due = self._turns[start.session_id].end(start.episode_id, trial_of(outcome, moved))
+                due = self._turns[start.session_id].end(start.episode_id, trial)
             for begun, trial in due:
                 self._count(session, begun, trial)
-
-    def lose(self, start: episode_pb2.EpisodeStart) -> None:
-        """It is over, and will never be stored."""
-        self.end(start, episode_pb2.OUTCOME_ERROR, Counter())
 
     def check_offer(self, session_id: str, version: int) -> int | None:
         """The live version that the offered one is compared with; None when it is on trial already.
@@ -222,10 +225,14 @@ class Sessions:
             self._happen(
                 session, "episode", "robot", begun.version, episode_id=begun.episode_id, trial=trial, on_trial=on_trial
             )
+        except Overloaded as error:  # it is stored: the next server counts it
+            log.error("episode %s is not counted in its session yet: %s", begun.episode_id, error)
+            return
+        try:
             if on_trial:
                 self._judge(session)
-        except Overloaded as error:  # it is stored: the next server counts it
-            log.error("episode %s is not counted in its session: %s", begun.episode_id, error)
+        except Overloaded as error:  # it is given after the next episode, or by the next server
+            log.error("a verdict of session %s waits: %s", session.charter.session_id, error)
 
     def _judge(self, session: Session) -> None:
         standing = session.standing
@@ -297,7 +304,8 @@ class Sessions:
         for stored in self._store.after(0):
             if stored.session_id == session.charter.session_id and stored.episode_id not in session.episodes:
                 with contextlib.suppress(DamagedEpisode):  # the store says so
-                    records = self._store.records(stored)
+                    # Whether the server ended it as an error is not known any more.
+                    records = [] if stored.error else self._store.records(stored)
                     # An older one is of a session of that name that is forgotten.
                     if records and records[0].start.started_unix_ns >= session.charter.started_unix_ns:
                         yield Episode.of(records, stored.path.name)

@@ -58,6 +58,10 @@ POLL_S = 0.5
 VERDICTS = ("promote", "roll back", "undecided", "withdrawn", "refuse")
 KEPT = ("promote", "undecided", "withdrawn")
 """Verdicts after which the learner goes on from where it is."""
+LATER = (grpc.StatusCode.FAILED_PRECONDITION,)
+"""An offer that is refused so is made again: the session was paused, or there is nothing to compare on yet."""
+NEVER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
+"""One that is refused so is given up: the version is gone from the server, or is not what was proved."""
 UNNAMED = -1
 """The version of weights that were not published."""
 
@@ -212,18 +216,18 @@ class SessionRun:
             state = SessionState(counts=Counter(fields.pop("counts")), **fields)
             if self.curriculum is not None:
                 self.curriculum.load(state.curriculum)
-            self.client.start(self.config.request)
-            self.client.keep_after(self.name, state.first)
+            if self.client.get(self.name).state != session_pb2.SESSION_STATE_STOPPED:
+                self.client.keep_after(self.name, state.first)
             self._read_again(state)
             return state
         newest = self.client.newest(self.name)
-        self.client.keep_after(self.name, newest)
         session = self.client.start(self.config.request)
         if session.live_version != self.config.base_version:
             raise ValueError(
                 f"session {self.name!r} is at version {session.live_version} already, which this folder has not: resume"
                 " from the folder of its trainer, or give --session another name"
             )
+        self.client.keep_after(self.name, newest)
         state = SessionState(version=self.config.base_version, live=session.live_version, first=newest, cursor=newest)
         self._keep_weights(self.config.base_version)
         return state
@@ -279,10 +283,12 @@ class SessionRun:
         try:
             reply = self.client.offer(self.name, self.state.candidate, self.state.fingerprint)
         except Refusal as error:
-            if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
+            if error.code not in (*LATER, *NEVER):
                 raise
-            # Paused or stopped meanwhile, or there is nothing yet to compare it on: it is offered again.
             print(f"version {self.state.candidate} is not offered: {error}", flush=True)
+            if error.code in NEVER:
+                self.state.version, self.state.candidate = UNNAMED, None
+                self._save()
             return
         became = "on trial" if reply.accepted else "refused"
         print(f"version {self.state.candidate} is {became}: {reply.reason}", flush=True)

@@ -159,7 +159,7 @@ def test_one_that_causes_errors_is_rolled_back(lab):
     offer(lab)
     while lab.message().HasField("candidate_version"):
         lab.play(CANDIDATE, ERROR)
-        lab.play(LIVE, SUCCESS)
+        lab.play(LIVE, FAILURE)
     assert lab.whats() == ["offer", "roll back"] and "ends as an error, more" in lab.message().log[-1].reason
 
 
@@ -175,7 +175,7 @@ def test_episodes_count_in_the_order_in_which_they_began(lab):
 def test_one_that_is_lost_holds_up_nobody(lab):
     lost, after = lab.begin(), lab.begin()
     lab.end(after, SUCCESS)
-    lab.sessions.lose(lost[0])
+    lab.sessions.leave_out(lost[0])
     assert lab.message().versions[0].tally.episodes == 1
 
 

@@ -204,6 +204,23 @@ def test_errors_are_counted_apart(server, sessions):
     assert [one.error for one in session.episodes] == [True, False]
 
 
+def test_an_episode_that_the_server_ended_says_nothing_of_its_version(tmp_path):
+    with running(tmp_path, episode_idle_s=0.5) as server, grpc.insecure_channel(server.admin_address) as channel:
+        sessions = session_pb2_grpc.SessionsStub(channel)
+        begun(sessions)
+        server.policy.StartEpisode(messages.start(session_id="s"), timeout=10)  # and not a word more
+        played = play(server)
+        while not (
+            found := sessions.GetSession(session_pb2.GetSessionRequest(session_id="s", with_episodes=True))
+        ).episodes:
+            time.sleep(0.05)
+        assert len(episodes(server)) == 2, "it is stored, as an error"
+        assert [one.episode_id for one in found.episodes] == [played] and not found.versions[0].tally.errors
+    with running(tmp_path) as server, grpc.insecure_channel(server.admin_address) as channel:
+        after = session_pb2_grpc.SessionsStub(channel).ListSessions(session_pb2.ListSessionsRequest(), timeout=10)
+        assert not after.sessions[0].versions[0].tally.errors
+
+
 def test_a_session_survives_the_server(tmp_path):
     with running(tmp_path) as server, grpc.insecure_channel(server.admin_address) as channel:
         begun(session_pb2_grpc.SessionsStub(channel))
