@@ -18,7 +18,7 @@ from rl_trainer.publisher import PublishMismatch
 from rl_trainer.reward_model import RewardModelConfig, train_reward_model
 from rl_trainer.session_commands import SessionCommand, session
 from rl_trainer.sft import SftConfig, sft
-from rl_trainer.train import train
+from rl_trainer.train import NothingDone, train
 from rl_trainer.train_config import TrainConfig
 
 COMMANDS = {
@@ -29,6 +29,8 @@ COMMANDS = {
     PlanConfig: plan,
     DoctorConfig: doctor,
 }
+FAILURES = (NothingDone, PublishMismatch, ServerGone, ChildFailed, OSError, SafetensorError)
+"""The last two: a full disk."""
 FAILED = 1
 """A run that was going and cannot go on."""
 
@@ -53,7 +55,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PublishMismatch, ServerGone, ChildFailed, OSError, SafetensorError) as error:  # the last two: a full disk
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

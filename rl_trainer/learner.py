@@ -91,8 +91,8 @@ class LearnerConfig:
     keep_images: bool = True
     """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
     target_kl: float = 0.05
-    """no further step in this iteration once a minibatch's divergence from the policy that ratios are to exceeds it;
-    0: never"""
+    """no further step in this iteration once a minibatch's divergence from the policy that the iteration found exceeds
+    it; 0: never"""
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     normalise: bool = True
@@ -394,6 +394,8 @@ class Learner:
             loss = self._loss(who, batch, looked, part, advantage_n[part], target_n[part], counts)
             if loss.total.requires_grad:
                 loss.total.backward()
+            for owner in who:
+                self._optimizers()[owner].collect_gradients()  # parts add up in float32
             for name in sums:
                 sums[name] += float(loss.metrics.get(name, 0.0))
         for owner in who:

@@ -120,8 +120,9 @@ def ppo_loss(
     """The clipped surrogate (Schulman et al., 2017), with its entropy and reference terms where those are given.
 
     behaviour_BN: log-probabilities recorded when the tokens were sampled.  Every unit of a decision has its advantage.
-    found_BN: those of the policy as the update found it, with behaviour_cap: the surrogate is then the decoupled one
-    (Hilton et al., 2021, Batch size-invariance for policy optimization), with importance weights that are cut off.
+    found_BN: those of the policy as the update found it, which approx_kl is from; none given: behaviour_BN.
+    With behaviour_cap ratios are to them: the surrogate is then the decoupled one (Hilton et al., 2021, Batch
+    size-invariance for policy optimization), with importance weights that are cut off.
     divergence_BN: token_divergence() from the reference policy.
     """
     width, units = (action_dim, counts.ticks) if config.ratio == "action" else (1, counts.tokens)
@@ -132,8 +133,8 @@ def ppo_loss(
 
     scored_BU = mask_BN.unflatten(1, (-1, width)).any(-1)
     weighted_BU = advantage_B[:, None].expand(scored_BU.shape)
-    old_BN = behaviour_BN
-    if config.behaviour_cap and found_BN is not None:
+    old_BN, found_BN = behaviour_BN, behaviour_BN if found_BN is None else found_BN
+    if config.behaviour_cap:
         old_BN = found_BN
         weighted_BU = weighted_BU * log_ratio(found_BN, behaviour_BN).exp().clamp(max=config.behaviour_cap)
     log_ratio_BU = log_ratio(logprobs_BN, old_BN)
@@ -145,7 +146,7 @@ def ppo_loss(
     metrics = {
         "policy_loss": total,
         "ratio": _mean(ratio_BU, scored_BU, units),
-        "approx_kl": _mean(divergence_estimate(log_ratio_BU), scored_BU, units),
+        "approx_kl": _mean(divergence_estimate(log_ratio(logprobs_BN, found_BN)), scored_BU, units),
         "clip_fraction": _mean((clipped_BU < free_BU).float(), scored_BU, units),
     }
     if entropy_BN is not None:

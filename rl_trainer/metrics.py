@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
@@ -12,16 +13,18 @@ from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPriva
 class Curve:
     """Scalars by step, kept in `folder`/curve.jsonl.
 
-    first_step: a resumed run drops what was measured at or after it, so that the curve has one value a step.
+    first_step: a resumed run drops what was measured at or after it, so that the curve has one value a step; and rows
+    of which `but` is true.
     """
 
-    def __init__(self, folder: Path, *, first_step: int = 0):
+    def __init__(
+        self, folder: Path, *, first_step: int = 0, but: Callable[[Mapping[str, float]], bool] = lambda row: False
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "curve.jsonl"
         self.rows: list[dict[str, float]] = []
         if self._path.exists():
-            rows = [json.loads(line) for line in self._path.read_text().splitlines()]
-            self.rows = [row for row in rows if row["step"] < first_step]
+            self.rows = [row for row in read_curve(self._path) if row["step"] < first_step and not but(row)]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(partial, self._path)
@@ -42,3 +45,9 @@ class Curve:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The rows of a curve.jsonl; a last line that a full disk or a kill cut short is none."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -6,6 +6,7 @@ P is the number of trainable numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, clip_norm: float, ema: float):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter requires a gradient")
+        if clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
         self.clip_norm, self.ema, self.step_count = clip_norm, ema, 0
         self._parameters = sorted(parameters.values(), key=lambda p: p.ndim < 2)  # stable: matrices first
         decayed = sum(p.numel() for p in self._parameters if p.ndim >= 2)
@@ -55,8 +58,14 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
-        """One clipped AdamW step from gradient_P, which is then cleared; gives the gradient's norm before clipping."""
+        """One clipped AdamW step from gradient_P, which is then cleared; gives the gradient's norm before clipping.
+
+        No step is taken where that is not finite: the weights would be lost.
+        """
         norm = float(self.gradient_P.norm())
+        if not math.isfinite(norm):
+            self.forget()
+            return norm
         if norm > self.clip_norm:
             self.gradient_P *= self.clip_norm / norm
         for group in self._adamw.param_groups:

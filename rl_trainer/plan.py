@@ -7,7 +7,6 @@ prediction is compared with what a finished run took.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from rl_trainer.costs import (
 )
 from rl_trainer.devices import find_machine
 from rl_trainer.doctor import disk_free_gb
+from rl_trainer.metrics import read_curve
 from rl_trainer.placement import Placement
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.train import placed
@@ -259,7 +259,7 @@ def measured_of(run: Path, config: TrainConfig) -> Measured:
 
     The first iteration and the first evaluation wait for processes to start: left out where there are others.
     """
-    rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    rows = read_curve(run / "curve.jsonl")
     iterated = [row for row in rows if "seconds/collect" in row]
     if not iterated:
         raise ValueError(f"{run / 'curve.jsonl'} has no iteration")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rl_trainer.films import film_evaluation, film_name
+from rl_trainer.metrics import read_curve
 from rl_trainer.observer import Observer, Row
 from rl_trainer.plots import BLUE, DARK, Axes, Draw, as_svg, lines, picture, stacked
 from rl_trainer.report_page import embedded, hours, table, write_page
@@ -51,7 +52,7 @@ def write_report(out: Path, instructions: Mapping[str, str] | None = None) -> Pa
 
     instructions: task id -> what the policy is told.
     """
-    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    rows = read_curve(out / "curve.jsonl")
     record = out / "train.json"
     config = json.loads(record.read_text()) if record.exists() else {}
     title, folder = f"{config.get('suite', '')} in {out.name}", out / "report"

@@ -106,6 +106,17 @@ class RolloutQueue:
         request = rollout_pb2.CommitCursorRequest(reader=self.run, cursor=self.cursor, leave=leave)
         self._call(lambda: self._stub.CommitCursor(request, timeout=DEFAULT_DEADLINE_S))
 
+    def forgive(self) -> None:
+        """What was set aside in an earlier life of the run may be asked for again: what ailed it may be put right."""
+        request = rollout_pb2.GetQueueRequest(run=self.run)
+        if self._call(lambda: self._stub.GetQueue(request, timeout=DEFAULT_DEADLINE_S)).set_aside:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """The server forgets what has not ended of the run, and what was set aside."""
+        request = rollout_pb2.CancelRolloutsRequest(run=self.run)
+        self._call(lambda: self._stub.CancelRollouts(request, timeout=DEFAULT_DEADLINE_S))
+
     def close(self) -> None:
         self._channel.close()
 

@@ -7,7 +7,6 @@ decision with its evidence, what the learner measured, films of the base and of 
 from __future__ import annotations
 
 import html
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from protos import session_pb2
 from protos.episode_file import Episode
 from rl_trainer.films import film_episode
+from rl_trainer.metrics import read_curve
 from rl_trainer.plots import BLUE, DARK, ORANGE, Axes, Draw, as_svg, lines, picture
 from rl_trainer.report_page import embedded, hours, table, write_page
 from rl_trainer.tally import Tally
@@ -45,7 +45,7 @@ def film(folder: Path, episode: Episode, *, success: bool, camera: str) -> None:
 
 def write_session_report(out: Path, session: session_pb2.Session, seconds: float) -> Path:
     """The page's path.  session: with its log and its episodes; seconds: what its trainer worked."""
-    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    rows = read_curve(out / "curve.jsonl")
     title = f"Session {session.session_id}"
     return write_page(out / "report" / "index.html", title, _sections(out, session, rows, seconds))
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
@@ -146,6 +146,10 @@ def follow(ranks: Ranks, config: TrainConfig) -> None:
         learner.update(*work)
 
 
+class NothingDone(RuntimeError):
+    """All that workers were asked for ended as errors, or as what nothing can be learned from."""
+
+
 class Run:
     """Rank 0's view of a run."""
 
@@ -185,7 +189,7 @@ class Run:
             credentials=server.credentials,
             admin_credentials=server.admin_credentials,
         )
-        self.curve = Curve(config.out, first_step=self.learner.iteration + 1)
+        self.curve = Curve(config.out, first_step=self.learner.iteration + 1, but=self._unsure)
         self._began_s = time.monotonic() - self.state.seconds
 
     @property
@@ -201,12 +205,16 @@ class Run:
             self.publisher.wake_server()  # whoever was killed while it slept has not
         self.publisher.begin(self.state.version)
         self._save()  # the run has its name on disk before anything is asked for in it
+        if config.resume:
+            self.queue.forgive()
         self._measure()
         while self.learner.iteration < config.iterations and self.seconds < 60 * (config.minutes or float("inf")):
             self.iterate()
             self._save()
             self._measure()
-        self.queue.commit(leave=True)
+        if self.state.asked:  # time is up while workers have the next iteration's: a continuation asks for them again
+            self.queue.cancel()
+        self.queue.commit(leave=not self.state.asked)
 
     def iterate(self) -> None:
         """Collects, learns, publishes."""
@@ -215,7 +223,7 @@ class Run:
             self._ask(self.learner.iteration)
         self._tell(lambda o: o.on_phase("collect", len(self.state.asked)))
         finished = self._collect(self.state.asked)
-        self.state.asked = []
+        self.state.asked, self.state.measured = [], False
         coming = self.learner.iteration + 1
         if self.config.overlap and coming < self.config.iterations and not self._evaluation_due(coming):
             self._ask(coming)
@@ -270,7 +278,7 @@ class Run:
         finished = self._collect(rollouts)
         tally = tally_of(finished)
         if not tally.episodes:
-            raise RuntimeError(f"every evaluation episode ended as an error, the first: {finished[0].errors}")
+            raise NothingDone(f"every evaluation episode ended as an error, the first: {finished[0].errors}")
         if all(tally.rate >= row["success/evaluate"] for row in self.curve.rows if "success/evaluate" in row):
             self._save_policy("best")
         low, high = tally.interval
@@ -285,11 +293,15 @@ class Run:
         self._tell(lambda o: o.on_evaluation(row, finished))
 
     def _measure(self) -> None:
-        """Evaluates where that is due and is not in the curve yet."""
-        measured = {row["step"] for row in self.curve.rows if "success/evaluate" in row}
-        if self._evaluation_due(self.learner.iteration) and self.learner.iteration not in measured:
+        """Evaluates where that is due and was not done yet."""
+        if self._evaluation_due(self.learner.iteration) and not self.state.measured:
             self.evaluate()
+            self.state.measured = True
             self._save()
+
+    def _unsure(self, row: Mapping[str, float]) -> bool:
+        """Whether a row of the curve is an evaluation that the state does not know of: it is done again."""
+        return "success/evaluate" in row and row["step"] == self.learner.iteration and not self.state.measured
 
     def _evaluation_due(self, iteration: int) -> bool:
         """Whether the policy is measured after so many iterations; nothing else is collected meanwhile."""
@@ -371,7 +383,7 @@ class Run:
         if refused:
             self._tell(lambda o: o.on_note(f"not learned from: {dict(refused)}"))
         if not trajectories:
-            raise RuntimeError(f"no episode of the iteration can be learned from: {dict(refused)}")
+            raise NothingDone(f"no episode of the iteration can be learned from: {dict(refused)}")
         return trajectories
 
     def _read(self, item: Finished) -> list[Trajectory] | str:

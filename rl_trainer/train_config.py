@@ -125,6 +125,11 @@ class TrainConfig:
             raise ValueError(f"server and admin are given together, got {self.server!r} and {self.admin!r}")
         if not self.server and (self.credentials != Credentials() or self.admin_token_file is not None):
             raise ValueError("tokens and certificates are for a server that is given, got none")
+        for name in GIVEN_THERE if self.server else ():
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise ValueError(f"{name} is for a server and workers started here: say it to those at {self.server}")
+        if self.reward_model is None and self.shaping != ShapingConfig():
+            raise ValueError("shaping is of a reward model's progress: there is no reward_model")
         if not self.server and self.device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
 
@@ -134,6 +139,8 @@ class TrainConfig:
         return RunServer.given(self.server, self.admin, self.credentials, self.admin_token_file)
 
 
+GIVEN_THERE = ("processes", "slots", "coarse_practice", "deterministic")
+"""What a run says to a server and workers of its own."""
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
 UNSAID = ("credentials", "admin_token_file")
@@ -143,16 +150,15 @@ UNSAID = ("credentials", "admin_token_file")
 def claim(config: TrainConfig) -> TrainConfig:
     """Makes the folder this run's own, or checks that it is the run to resume; gives what to do."""
     record = config.out / RECORD
-    if config.resume:
-        if not record.exists():
-            raise FileNotFoundError(f"{record}: there is no run to resume")
-        if changed := differences(record, config, but=BUDGET):
-            raise ValueError(f"{config.out} holds another run: {changed}")
-    elif record.exists():
+    begun = (config.out / STATE).exists()  # ended before its first checkpoint, a run has asked for nothing yet
+    if config.resume and not record.exists():
+        raise FileNotFoundError(f"{record}: there is no run to resume")
+    if begun and config.resume and (changed := differences(record, config, but=BUDGET)):
+        raise ValueError(f"{config.out} holds another run: {changed}")
+    if begun and not config.resume:
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     keep_record(record, config, unsaid=UNSAID)
-    # Killed before its first checkpoint, a run has asked for nothing yet: it begins again.
-    return replace(config, resume=config.resume and (config.out / STATE).exists())
+    return replace(config, resume=begun)
 
 
 def keep_record(record: Path, config: DataclassInstance, *, unsaid: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ class TrainState:
     """wall time used"""
     counts: Counter[str] = field(default_factory=Counter)
     """environment_steps, decisions, episodes: what the policy has practised"""
+    measured: bool = False
+    """the released policy was evaluated, where that was due, and its row is in the curve"""
     asked: list[rollout_pb2.Rollout] = field(default_factory=list)
     """rollouts that were enqueued and not taken in"""
     curriculum: dict[str, Any] = field(default_factory=dict)

@@ -96,7 +96,7 @@ def test_the_ratio_is_1_on_fresh_data_and_not_after_a_step(tiny_vla: Path) -> No
     assert first["logprob_gap"] < 1e-4
     assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["approx_kl"] == pytest.approx(0, abs=1e-6)
     again = learner.update(fresh, version=0)
-    assert again["logprob_gap"] > 1e-3 and again["approx_kl"] > 1e-6
+    assert again["logprob_gap"] > 1e-3 and abs(again["ratio"] - 1) > 1e-6
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -339,20 +339,15 @@ def test_the_learning_rate_falls_in_a_line_and_a_resumed_run_goes_on_along_it(ti
     assert resumed.update(fresh)["learning_rate"] == 0 and distance(weights(resumed.model), before) == 0
 
 
-def test_a_batch_that_is_too_far_from_the_start_is_measured_and_leaves_no_trace(tiny_vla: Path) -> None:
-    """Overlapped episodes are of older weights: the first minibatch may be beyond the target, and nothing else done."""
-    config = replace(CONFIG, target_kl=0.1, minibatch=64, critic_learning_rate=0.0)
-    learner, untouched = (learner_of(tiny_vla, config) for _ in range(2))
-    fresh, before = trajectories_of(learner.model), weights(learner.model)
+def test_how_far_older_weights_were_stops_no_update(tiny_vla: Path) -> None:
+    """Overlapped episodes are one update old: were its divergence counted again, every second update would be none."""
+    config = replace(CONFIG, target_kl=0.1, learning_rate=1e-6, minibatch=64, critic_learning_rate=0.0)
+    learner = learner_of(tiny_vla, config)
+    fresh = trajectories_of(learner.model)
     metrics = learner.update([replace(one, logprobs_TN=one.logprobs_TN - 1) for one in fresh], version=1)
-    assert metrics["stopped_early"] == 1 and learner.steps == 0
-    assert metrics["ratio"] > 2 and metrics["approx_kl"] > 0.1
+    assert metrics["stopped_early"] == 0 and learner.steps == CONFIG.epochs
+    assert metrics["ratio"] > 2 and metrics["approx_kl"] < 1e-3
     assert np.isnan(metrics["logprob_gap"]), "no answer was of version 1: there was nothing to compare"
-    assert distance(weights(learner.model), before) == 0
-    untouched.iteration = learner.iteration
-    for one in (learner, untouched):
-        one.update(fresh)
-    assert distance(weights(learner.model), weights(untouched.model)) == 0
 
 
 def test_advantages_are_each_trajectorys_own_and_targets_are_never_normalised(tiny_vla: Path) -> None:

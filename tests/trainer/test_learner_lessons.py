@@ -186,13 +186,15 @@ def test_an_update_from_nothing_is_refused(tiny_vla: Path, config: LearnerConfig
 
 
 def test_a_minibatch_beyond_the_target_divergence_takes_its_lessons_with_it(tiny_vla: Path) -> None:
-    learner = learner_of(tiny_vla, replace(TAUGHT, target_kl=0.1, minibatch=64))
-    fresh, before = trajectories_of(learner.model), weights(learner.model)
-    far = [replace(one, logprobs_TN=one.logprobs_TN - 1) for one in fresh]
-    metrics = learner.update(far, lessons=lessons_of(learner))
-    assert metrics["stopped_early"] == 1 and learner.steps == 0
-    assert distance(weights(learner.model), before) == 0
-    assert not learner.policy_optimizer.gradient_P.any()
+    stopped, short = (
+        learner_of(tiny_vla, replace(TAUGHT, target_kl=target_kl, epochs=epochs, minibatch=64))
+        for target_kl, epochs in ((1e-9, 4), (0.0, 1))
+    )
+    fresh, lessons = trajectories_of(stopped.model), lessons_of(stopped)
+    metrics = [learner.update(fresh, lessons=lessons) for learner in (stopped, short)]
+    assert metrics[0]["stopped_early"] == 1 and stopped.steps == short.steps == 1
+    assert distance(weights(stopped.model), weights(short.model)) == 0
+    assert not stopped.policy_optimizer.gradient_P.any()
 
 
 def test_what_a_step_draws_depends_on_seed_iteration_and_step_alone(tiny_vla: Path) -> None:

@@ -107,6 +107,7 @@ def test_of_older_policies_the_clip_is_around_the_one_that_was_found_and_who_pla
     assert float(result.metrics["approx_kl"]) == pytest.approx((1.5 - 1 - math.log(1.5) + 1.1 - 1 - math.log(1.1)) / 2)
     plain = loss([now], [2.0], found_BN=found_BN)
     assert float(plain.total) == pytest.approx(-(0.75 + 1.2) * 2.0 / 2), "off by default: ratios to who played"
+    assert plain.metrics["approx_kl"] == result.metrics["approx_kl"], "what this update moved, and none before it"
 
 
 def test_the_divergence_is_estimated_from_the_ratio() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,24 @@ def test_a_long_gradient_is_cut_to_the_norm() -> None:
     assert trained.step(0.0) == pytest.approx(3.0 * 8**0.5)
     first_moment = trained.state()["adamw.0.exp_avg"]
     torch.testing.assert_close(first_moment.norm() / (1 - BETAS[0]), torch.tensor(0.5 * (6 / 8) ** 0.5))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_moves_nothing(bad: float) -> None:
+    model = layer()
+    trained = optimizer(model, ema=0.5)
+    before = trained.state()
+    trained.gradient_P[0] = bad
+    assert not math.isfinite(trained.step(0.1))
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state().items())
+    learn(model, trained, 1)
+    assert trained.step_count == 1 and trained.masters_P.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_a_norm_that_leaves_no_gradient_is_refused(norm: float) -> None:
+    with pytest.raises(ValueError, match=f"clip_norm must be above 0, got {norm}"):
+        optimizer(layer(), clip_norm=norm)
 
 
 def test_the_average_is_shown_only_inside_its_block() -> None:

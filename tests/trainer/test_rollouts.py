@@ -118,6 +118,19 @@ def test_a_rollout_that_fails_three_times_comes_in_without_an_episode(tmp_path: 
         assert item.episode is None and item.errors == ("it broke",) * 3
 
 
+def test_what_was_set_aside_may_be_asked_for_by_the_runs_next_life(tmp_path: Path) -> None:
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        RolloutQueue(server.address, run="run").enqueue([rollout(0), rollout(1)])
+        assert work(server) == "run/0/0"
+        for _ in range(3):
+            work(server, outcome=episode_pb2.OUTCOME_ERROR)
+        queue = RolloutQueue(server.address, run="run")
+        queue.forgive()
+        queue.enqueue([rollout(0), rollout(1)])
+        assert work(server) == "run/0/1", "and what is done stays done"
+        assert all(item.episode is not None for item in queue.finished())
+
+
 def test_what_a_restarted_server_forgot_is_asked_for_again(tmp_path: Path) -> None:
     with serving(FakeModel(), store=EpisodeStore(tmp_path)) as server:
         port = int(server.address.rpartition(":")[2])

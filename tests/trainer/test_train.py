@@ -12,6 +12,7 @@ import torch
 from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner import LearnerConfig
 from rl_trainer.ranks import Ranks
+from rl_trainer.shaping import ShapingConfig
 from rl_trainer.suite import cells_of
 from rl_trainer.tally import total
 from rl_trainer.train import make_learner, seed_of, train
@@ -85,6 +86,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
         claim(replace(run, resume=True))
     assert claim(run) == run
     assert claim(replace(run, resume=True)) == run
+    mended = replace(run, temperature=0.5)  # of a start that was refused, say
+    assert claim(mended) == claim(replace(mended, resume=True)) == mended
+    claim(run)
     (run.out / STATE).touch()
     assert claim(replace(run, resume=True)).resume
 
@@ -125,6 +129,11 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
             {"iterations": 5, "learner": LearnerConfig(anneal=4)},
             "anneal must be 0 or >= iterations, .* got 4 with 5 iterations",
         ),
+        (
+            {"server": "localhost:1", "admin": "localhost:2", "processes": 7},
+            "processes is for a server and workers started here: say it to those at localhost:1",
+        ),
+        ({"shaping": ShapingConfig(rule="paper")}, "there is no reward_model"),
         ({"device": "cuda:1"}, "device must be cpu, cuda or auto where the run is placed, got 'cuda:1'"),
     ],
 )

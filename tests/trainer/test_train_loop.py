@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -18,25 +20,29 @@ from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
-from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2
+from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, rollout_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.publisher import Publisher
-from rl_trainer.train import train
+from rl_trainer.report import Reporter
+from rl_trainer.train import Run, train
 from rl_trainer.train_config import TrainConfig
+from rl_trainer.train_state import TrainState
 from tests.server.running import RunningServer, serving
-from tests.trainer.fake_worker import DECISIONS, TICKS, working
+from tests.trainer.fake_worker import DECISIONS, TICKS, Succeeds, by_seed, working
 
 ROLLOUTS, HELD_OUT = 3, 2
 
 
 @contextmanager
-def practice(model: Path, folder: Path, unnorm_key: str | None = None) -> Iterator[RunningServer]:
+def practice(
+    model: Path, folder: Path, unnorm_key: str | None = None, succeeds: Succeeds = by_seed
+) -> Iterator[RunningServer]:
     policy = VlaModel(Policy.load(model, unnorm_key=unnorm_key), name="tiny", max_batch=8)
     store = VersionStore(None, first=policy.fingerprint(policy.first))
     with (
         serving(policy, max_batch=8, queue=64, versions=store, admin_port=0, episodes=folder) as server,
-        working(server),
+        working(server, succeeds),
     ):
         yield server
 
@@ -160,6 +166,58 @@ def test_overlapped_episodes_are_one_update_old_and_never_older(tiny_vla: Path, 
     assert [versions(found[str(number)]) for number in range(4)] == [{0}, {0}, {1}, {2}]
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     assert set(found) == {"0", "1", "2", "3"}, "nothing is asked for that nobody will learn from"
+
+
+def test_an_evaluation_that_a_kill_kept_from_the_state_is_done_again_and_is_in_the_curve_once(
+    tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_) -> None:
+        raise OSError("No space left on device")
+
+    with practice(tiny_vla, tmp_path / "episodes") as server:
+        config = config_of(tmp_path, tiny_vla, server.address, server.admin_address, iterations=1)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(Reporter, "on_evaluation", full)
+            train(config)
+        with (config.out / "curve.jsonl").open("a") as curve:
+            curve.write('{"step": 1, "succ')  # and the disk was full here too
+        train(replace(config, resume=True))
+        newest = server.rollouts.GetQueue(rollout_pb2.GetQueueRequest(), timeout=60).done
+    rows = [json.loads(line) for line in (config.out / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "success/evaluate" in row] == [0, 1]
+    state, _ = TrainState.load(config.out / "state.safetensors")
+    assert state.cursor == newest == 2 * HELD_OUT + ROLLOUTS, "all was taken in, and nothing was run twice"
+
+
+def test_a_run_whose_time_is_up_leaves_no_work_behind_and_asks_again_when_it_goes_on(
+    tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate = Run.iterate
+
+    def slowly(run: Run) -> None:
+        iterate(run)
+        run._began_s -= 3600
+
+    played, go_on = itertools.count(), threading.Event()
+
+    def hesitating(start: policy_pb2.StartEpisodeReply) -> bool:
+        return next(played) < ROLLOUTS or go_on.wait(60)
+
+    monkeypatch.setattr(Run, "iterate", slowly)
+    with practice(tiny_vla, tmp_path / "episodes", succeeds=hesitating) as server:
+        config = config_of(
+            tmp_path, tiny_vla, server.address, server.admin_address, overlap=True, evaluate_every=0, minutes=30.0
+        )
+        train(config)
+        queue = server.rollouts.GetQueue(rollout_pb2.GetQueueRequest(), timeout=60)
+        assert queue.waiting + queue.leased == 0 and queue.done == ROLLOUTS
+        go_on.set()
+        train(replace(config, resume=True, minutes=None))
+    found = [
+        [episode for episode in episodes if episode.end.outcome != episode_pb2.OUTCOME_ERROR]  # one came too late
+        for episodes in episodes_of(tmp_path / "episodes").values()
+    ]
+    assert [versions(some) for some in found] == [{0}, {0}] and [len(some) for some in found] == [ROLLOUTS, ROLLOUTS]
 
 
 def test_a_server_sleeps_while_the_run_learns_and_at_no_other_time(tiny_vla: Path, tmp_path: Path, monkeypatch) -> None:
