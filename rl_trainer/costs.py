@@ -22,6 +22,7 @@ from torch import nn
 from policy_server.vla.config import VLAConfig
 from policy_server.vla.lora import apply_lora
 from policy_server.vla.model import VLA, Prompts
+from rl_trainer.critic import CriticKind, critic_of
 
 GIB = 2**30
 MOST_REQUESTS = 16
@@ -38,6 +39,8 @@ MASTER_BYTES = 16
 """Of a trained number: float32 master, gradient, two moments of Adam."""
 STATE_BYTES = 12
 """Of a trained number in a saved state: master and moments."""
+KEPT_VERSIONS = 18
+"""On disk: what a server keeps by default, the live one and the one before."""
 RECORD_BYTES = 2048
 """Of a stored decision without its image: ticks, tokens, log-probabilities."""
 
@@ -205,6 +208,10 @@ class Shapes:
     """bytes of a trained weight: adapters are float32 always"""
     saved_bytes: int
     """what the forward pass of a microbatch keeps for the backward one"""
+    critic_trained: int = 0
+    """of the critic's own backbone, where it has one"""
+    critic_copied: int = 0
+    """frozen numbers that lie in memory again for it"""
 
     @property
     def weights_bytes(self) -> int:
@@ -225,6 +232,8 @@ def shapes_of(
     prompt_tokens: int,
     freeze_vision: bool = False,
     recompute: bool = False,
+    critic: CriticKind = "shared",
+    critic_rank: int = 1,
 ) -> Shapes:
     """Counted on the meta device; rows and prompt_tokens: those of a microbatch."""
     with torch.device("meta"):
@@ -240,6 +249,8 @@ def shapes_of(
             model.recompute_blocks()
             inputs = saved_bytes(model, rows=rows, prompt_tokens=prompt_tokens)
             saved = inputs + (saved - inputs) // config.llm.num_hidden_layers
+        own = critic_of(model, critic, rank=critic_rank).backbone
+    parameters = [] if own is None else [*own.parameters()]
     return Shapes(
         numbers=numbers,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
@@ -247,6 +258,8 @@ def shapes_of(
         width=dtype.itemsize,
         trained_width=trained[0].dtype.itemsize,
         saved_bytes=saved,
+        critic_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        critic_copied=sum(p.numel() for p in parameters if not p.requires_grad) * (critic == "separate"),
     )
 
 
@@ -277,19 +290,18 @@ def saved_bytes(model: VLA, *, rows: int, prompt_tokens: int) -> int:
 
 
 def learner_bytes(shapes: Shapes, *, reference: bool, averaged: bool = False) -> int:
-    """What one rank computes with: weights, optimiser, and beside them the most that is held for a while.
+    """What one rank computes with: weights, optimisers, and beside them the most that is held for a while.
 
     That is a microbatch's activations, the weights laid out as a server's to be compared, or a state to be saved.  An
     average of the weights is held, and saved, beside them, and they are put aside where it is released.
     """
     apart = shapes.trained_width != 4  # trained weights that are float32 are the masters themselves
-    weights = shapes.frozen * shapes.width + apart * shapes.trained * shapes.trained_width
+    trained = shapes.trained + shapes.critic_trained
+    weights = (shapes.frozen + shapes.critic_copied) * shapes.width + apart * trained * shapes.trained_width
     gradients = apart * shapes.trained * shapes.trained_width
     average = 4 * averaged * shapes.trained
-    passing = max(
-        gradients + shapes.saved_bytes, average + shapes.weights_bytes, average + STATE_BYTES * shapes.trained
-    )
-    return weights + reference * shapes.weights_bytes + MASTER_BYTES * shapes.trained + average + passing
+    passing = max(gradients + shapes.saved_bytes, average + shapes.weights_bytes, average + STATE_BYTES * trained)
+    return weights + reference * shapes.weights_bytes + MASTER_BYTES * trained + average + passing
 
 
 def server_bytes(shapes: Shapes, *, width: int) -> int:
@@ -303,21 +315,26 @@ def decision_bytes(config: VLAConfig) -> int:
     return 3 * config.sent_size**2 + RECORD_BYTES
 
 
-def batch_bytes(config: VLAConfig, decisions: int) -> int:
-    """An iteration's observations in the leader: as they came, and as the model reads them."""
-    return decisions * (decision_bytes(config) + 3 * config.image_size**2)
+def batch_bytes(config: VLAConfig, decisions: int, *, kept_width: int = 0) -> int:
+    """An iteration's observations in the leader: as they came, as the model reads them, and, where they are kept, their
+    image tokens, in numbers of kept_width bytes."""
+    tokens = config.num_image_tokens * config.llm.hidden_size * kept_width
+    return decisions * (decision_bytes(config) + 3 * config.image_size**2 + tokens)
 
 
 def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule, averaged: bool = False) -> int:
-    """What a run leaves behind: episodes, a version an iteration, the state (twice while it is replaced), the model.
+    """What a run leaves behind: episodes, a version an iteration as far as they are kept, the state (twice while it is
+    replaced), the last policy and the best.
 
     An average of the weights makes a version of its own.
     """
     practised = schedule.iterations * schedule.rollouts
     episodes = practised + schedule.evaluations * schedule.evaluated
     stored = episodes * (ceil(schedule.ticks / schedule.chunk) + 1) * decision_bytes(config)
-    versions = (1 + averaged) * schedule.iterations * shapes.published_bytes
-    return stored + versions + 2 * (STATE_BYTES + 4 * averaged) * shapes.trained + shapes.weights_bytes
+    versions = min((1 + averaged) * schedule.iterations, KEPT_VERSIONS) * shapes.published_bytes
+    states = 2 * (STATE_BYTES * (shapes.trained + shapes.critic_trained) + 4 * averaged * shapes.trained)
+    is_adapter = shapes.frozen == shapes.numbers
+    return stored + versions + states + 2 * (shapes.published_bytes if is_adapter else shapes.weights_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

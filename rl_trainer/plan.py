@@ -90,6 +90,8 @@ def plan(config: PlanConfig) -> None:
         lora_rank=config.lora_rank,
         freeze_vision=config.freeze_vision,
         recompute=config.learner.recompute,
+        critic=config.learner.critic,
+        critic_rank=config.learner.critic_rank,
         rows=config.learner.microbatch,
         prompt_tokens=longest_prompt(
             Preprocessor(model, Tokenizer.load(folder), unnorm_key=config.unnorm_key), instructions
@@ -156,7 +158,9 @@ class Needs:
         serving = server_bytes(self._shapes, width=4 if server.memory_gb is None else 2)
         if self._config.server_sleeps and server.memory_gb is not None:
             serving = max(0, serving - self._shapes.saved_bytes)  # activations are gone when it wakes
-        held = batch_bytes(self._model, self._schedule.decisions)
+        keeps = self._config.freeze_vision and self._config.learner.keep_images
+        kept_width = DTYPES[self._config.dtype].itemsize * keeps
+        held = batch_bytes(self._model, self._schedule.decisions, kept_width=kept_width)
         where, there_gb = self._memory_of(learner.device, learner.memory_gb)
         serves, room_gb = self._memory_of(server.device, server.memory_gb)
         processes_gb = ranks * (self._base_gb + held / GIB)

@@ -19,6 +19,7 @@ from rl_trainer.costs import (
     Prices,
     Schedule,
     Shapes,
+    batch_bytes,
     collecting_s,
     disk_bytes,
     iteration_s,
@@ -183,8 +184,34 @@ def test_a_run_leaves_episodes_versions_a_state_and_a_model_on_disk() -> None:
     config = nano_config(STATISTICS)
     shapes = Shapes(numbers=1000, frozen=0, trained=1000, width=4, trained_width=4, saved_bytes=0)
     decision = 3 * 128**2 + 2048
-    # 80 episodes of 10 decisions and a final observation, 5 versions, the state twice, the model.
-    assert disk_bytes(config, shapes, schedule=SCHEDULE) == 80 * 11 * decision + 5 * 4000 + 24_000 + 4000
+    # 80 episodes of 10 decisions and a final observation, 5 versions, the state twice, the last policy and the best.
+    assert disk_bytes(config, shapes, schedule=SCHEDULE) == 80 * 11 * decision + 5 * 4000 + 24_000 + 2 * 4000
+    adapter = replace(shapes, numbers=10_000, frozen=10_000)  # whose base lies elsewhere
+    assert disk_bytes(config, adapter, schedule=SCHEDULE) == disk_bytes(config, shapes, schedule=SCHEDULE)
+
+
+def test_no_more_versions_lie_on_disk_than_the_server_keeps() -> None:
+    shapes = Shapes(numbers=1000, frozen=0, trained=1000, width=4, trained_width=4, saved_bytes=0)
+    some, more = (replace(SCHEDULE, iterations=n, rollouts=0, evaluations=0) for n in (17, 500))
+    config = nano_config(STATISTICS)
+    assert disk_bytes(config, shapes, schedule=more) - disk_bytes(config, shapes, schedule=some) == 4000
+
+
+def test_a_critic_with_a_backbone_of_its_own_is_held_and_saved_too() -> None:
+    options = {"dtype": torch.bfloat16, "lora_rank": 32, "rows": 2, "prompt_tokens": 30, "critic_rank": 16}
+    shared, lora, separate = (
+        shapes_of(openvla_7b(), critic=kind, **options) for kind in ("shared", "lora", "separate")
+    )
+    assert (shared.critic_trained, shared.critic_copied, lora.critic_copied) == (0, 0, 0)
+    assert 0 < lora.critic_trained < lora.trained, "an adapter of half the rank, on the decoder alone"
+    assert (separate.critic_trained, separate.critic_copied) == (separate.trained, separate.numbers)
+    held = [learner_bytes(shapes, reference=False) for shapes in (shared, lora, separate)]
+    assert held[2] - held[0] >= 2 * separate.numbers + MASTER_BYTES * separate.trained > held[1] - held[0] > 0
+
+
+def test_image_tokens_that_are_kept_take_2_mb_a_decision_of_a_7b_model() -> None:
+    config = openvla_7b()
+    assert batch_bytes(config, 10, kept_width=2) - batch_bytes(config, 10) == 10 * 256 * 4096 * 2
 
 
 def test_memory_is_added_up_where_it_is() -> None:
