@@ -169,7 +169,7 @@ def estimated(groups: Sequence[Group], shaped: bool, lambda_: float, *, gamma: f
                 optimizer.step()
         for number in range(fold, len(groups), FOLDS):
             parts[number] = judge(critic, groups[number], shaped, lambda_, gamma)[0]
-    every = normalised(np.concatenate(parts), np.ones(sum(map(len, parts)), bool))
+    every = normalised(np.concatenate(parts))
     return np.split(every, np.cumsum([len(part) for part in parts])[:-1])
 
 

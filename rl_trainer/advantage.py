@@ -36,7 +36,7 @@ def group_relative(returns_E: np.ndarray, groups: Sequence[Hashable]) -> np.ndar
 
     groups: what each episode started from, its (task, initial state).
     """
-    return _within(groups, returns_E, _standardised)
+    return _within(groups, returns_E, normalised)
 
 
 def leave_one_out(returns_E: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
@@ -45,12 +45,11 @@ def leave_one_out(returns_E: np.ndarray, groups: Sequence[Hashable]) -> np.ndarr
     return _within(groups, returns_E, lambda r: (r - r.mean()) * len(r) / max(1, len(r) - 1))
 
 
-def normalised(advantage_n: np.ndarray, mask_n: np.ndarray) -> np.ndarray:
-    """float64 (n,): mean 0 and standard deviation 1 over the decisions of the mask; the others get 0."""
-    result_n = np.zeros(len(advantage_n))
-    if mask_n.any():
-        result_n[mask_n] = _standardised(np.asarray(advantage_n, np.float64)[mask_n])
-    return result_n
+def normalised(values: np.ndarray) -> np.ndarray:
+    """float64, as many: mean 0 and standard deviation 1; all 0 where they are all alike."""
+    values = np.asarray(values, np.float64)
+    std = values.std()
+    return (values - values.mean()) / std if std > ROUNDING else np.zeros(len(values))
 
 
 def potential_shaping(
@@ -67,11 +66,6 @@ def potential_shaping(
 def plain_sum(rewards_T: np.ndarray, process_T: np.ndarray) -> np.ndarray:
     """float64 (T,): success plus process reward without a coefficient, as in the paper's algorithm 1."""
     return np.asarray(rewards_T, np.float64) + process_T
-
-
-def _standardised(values: np.ndarray) -> np.ndarray:
-    std = values.std()
-    return (values - values.mean()) / std if std > ROUNDING else np.zeros(len(values))
 
 
 def _within(

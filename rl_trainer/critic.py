@@ -11,7 +11,6 @@ Shapes: B batch, D width of the backbone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -22,7 +21,6 @@ from policy_server.vla.lora import apply_lora
 from policy_server.vla.model import VLA, Prompts
 
 CriticKind = Literal["shared", "lora", "separate"]
-PREFIX = "critic."
 
 
 class Critic(nn.Module):
@@ -56,18 +54,6 @@ class Critic(nn.Module):
         """What its optimiser moves, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the weights under names of their own, for a safetensors file shared with others."""
-        return {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in self.trained().items()}
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes what tensors() gave, from among others.  Raises ValueError when it is of another critic."""
-        mine = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        expected, got = _shapes(self.trained()), _shapes(mine)
-        if got != expected:
-            raise ValueError(f"the critic's tensors must be {expected}, got {got}")
-        self.load_state_dict(mine, strict=False)
-
 
 def critic_of(model: VLA, kind: CriticKind, *, rank: int, seed: int = 0) -> Critic:
     """A fresh critic of a policy, on its device.
@@ -90,7 +76,3 @@ def _over_the_same_tensors(model: VLA) -> VLA:
     """The model again, in no further memory; it cannot train what it shares."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensors[name].shape) for name in sorted(tensors)}

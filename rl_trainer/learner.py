@@ -305,7 +305,7 @@ class Learner:
             advantage_n = batch_gae(trajectories, rewards, looked.values_n, looked.after_E, **how)
             target_n = advantage_n + looked.values_n
             if config.normalise:
-                advantage_n = normalised(advantage_n, np.ones(len(advantage_n), bool))
+                advantage_n = normalised(advantage_n)
         else:
             compare = group_relative if config.advantage == "grpo" else leave_one_out
             groups = [(trajectory.task, trajectory.initial_state) for trajectory in trajectories]

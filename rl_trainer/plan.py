@@ -76,7 +76,7 @@ def plan(config: PlanConfig) -> None:
     """Prints the prediction.  Raises ValueError when memory or disk do not hold the run."""
     if config.measured and (changed := differences(config.measured / RECORD, config, but=FREE)):
         raise ValueError(f"{config.measured} is a run with other options: {changed}")
-    placement = placed(config)
+    placement = placed(config, memory_gb=config.memory_gb)
     print(placement.table(), flush=True)
     os.environ.update(placement.learner.environment)
     folder = local_folder(config.model, files=["*.json"])

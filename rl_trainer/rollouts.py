@@ -21,6 +21,8 @@ POLL_S = 0.25
 """How soon a finished episode is noticed."""
 LOOK_S = 5.0
 """How often the queue is asked what became of the rest."""
+NOBODY_S = 60.0
+"""How long work may wait while nobody has any, before that is said."""
 
 REPEATABLE = (*PASSING, grpc.StatusCode.DEADLINE_EXCEEDED)
 """Every call of the queue may be repeated, so that a lost answer is asked for again."""
@@ -64,6 +66,7 @@ class RolloutQueue:
         self._channel = dial(address, credentials)
         self._stub = rollout_pb2_grpc.RolloutsStub(self._channel)
         self._outstanding: dict[str, rollout_pb2.Rollout] = {}
+        self._taken_s = time.monotonic()
         self._waiting: dict[str, tuple[int, Episode]] = {}
         """by rollout: what was read before it was asked for; a life of the run that was killed asked, and will again"""
 
@@ -83,7 +86,7 @@ class RolloutQueue:
 
     def finished(self, *, check: Callable[[], None] = lambda: None) -> Iterator[Finished]:
         """Each outstanding rollout once, as it comes in, until none is left.  check() is called while there are."""
-        looked_s = 0.0
+        looked_s, self._taken_s = 0.0, time.monotonic()
         while self._outstanding:
             check()
             newest, episodes = self._call(self._read)
@@ -133,12 +136,27 @@ class RolloutQueue:
         status = self._call(
             lambda: self._stub.GetQueue(rollout_pb2.GetQueueRequest(run=self.run), timeout=DEFAULT_DEADLINE_S)
         )
+        self._warn(status)
         for aside in status.set_aside:
             rollout = self._outstanding.pop(aside.rollout.rollout_id, None)
             if rollout is not None:
                 yield Finished(rollout=rollout, episode=None, errors=tuple(aside.errors))
         if self._outstanding:
             self._call(lambda: self._enqueue(list(self._outstanding.values())))
+
+    def _warn(self, status: rollout_pb2.QueueStatus) -> None:
+        """Says so where nobody takes the work."""
+        now_s = time.monotonic()
+        if status.leased or not status.waiting:
+            self._taken_s = now_s
+        elif now_s - self._taken_s > NOBODY_S:
+            workers = ", ".join(status.workers) or "none"
+            print(
+                f"nobody takes the {status.waiting} rollouts that wait at {self._address}; workers heard of: {workers}"
+                " (python -m sim worker --server ... --suites ...)",
+                flush=True,
+            )
+            self._taken_s = float("inf")  # once is enough
 
     def _enqueue(self, rollouts: Sequence[rollout_pb2.Rollout]) -> None:
         request = rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts)

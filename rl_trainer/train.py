@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ def train(config: TrainConfig) -> None:
     if placement:
         print(placement.table(), flush=True)
         os.environ.update(placement.learner.environment)  # before CUDA is asked for anything; other ranks inherit it
+    if config.ranks > 1 and compute_device(config.device) != "cpu":
+        raise ValueError(f"ranks must be 1 on {config.device}, which all would share, got {config.ranks}")
     with launched(config.ranks, follow, config) as ranks:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
@@ -78,10 +81,14 @@ def train(config: TrainConfig) -> None:
             ranks.share(None)  # the other ranks may leave; after a failure they wait for something else, and are killed
 
 
-def placed(config: TrainConfig) -> Placement:
-    """Where the run's processes go on this machine.  Raises ValueError when memory holds no scene."""
+def placed(config: TrainConfig, *, memory_gb: float | None = None) -> Placement:
+    """Where the run's processes go on this machine.  Raises ValueError when memory holds no scene.
+
+    memory_gb: as if it had so many GiB.
+    """
+    machine = find_machine()
     return place(
-        find_machine(),
+        machine if memory_gb is None else replace(machine, memory_gb=memory_gb),
         processes=config.processes,
         visible=os.environ.get(CUDA),
         mujoco_gl=os.environ.get("MUJOCO_GL", ""),

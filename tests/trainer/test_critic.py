@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
@@ -97,21 +96,3 @@ def test_without_detaching_the_backbone_learns_too(checkpoint: Checkpoint) -> No
     critic(checkpoint.model(prompts, actions(checkpoint, 1)).hidden_BD).sum().backward()
     gradients = [parameter.grad for parameter in checkpoint.model.language_model.model.parameters()]
     assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
-
-
-def test_a_saved_critic_is_itself_again_though_an_optimiser_goes_on_with_its_weights(tmp_path: Path) -> None:
-    critic, hidden = opinionated(8), torch.randn(3, 8)
-    trained = Optimizer(dict(critic.named_parameters()), weight_decay=0.0, clip_norm=1.0, ema=0.0)
-    tensors, value_B = critic.tensors() | {"another's": torch.zeros(1)}, critic(hidden).detach()
-    trained.masters_P.zero_()
-    save_file(tensors, tmp_path / "state.safetensors")
-    again = Critic(8, hidden=16)
-    again.load(load_file(tmp_path / "state.safetensors"))
-    assert torch.equal(again(hidden), value_B) and not torch.equal(critic(hidden), value_B)
-
-
-def test_another_critics_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'hidden.weight': \(16, 8\).*got.*'hidden.weight': \(16, 9\)"):
-        Critic(8, hidden=16).load(Critic(9, hidden=16).tensors())
-    with pytest.raises(ValueError, match=r"got \{\}"):
-        Critic(8).load({})

@@ -103,11 +103,11 @@ def test_the_ratio_is_1_on_fresh_data_and_not_after_a_step(tiny_vla: Path) -> No
 def test_warm_up_moves_the_critic_and_leaves_the_policys_logits_bit_for_bit(tiny_vla: Path, critic: CriticKind) -> None:
     learner = learner_of(tiny_vla, replace(CONFIG, warm_up=1, critic=critic))
     fresh = trajectories_of(learner.model)
-    before, values = learner.score(fresh), learner.critic.tensors()
+    before, values = learner.score(fresh), weights(learner.critic)
     learner.update(fresh)
     warm = learner.score(fresh)
     assert torch.equal(warm.policy.logprobs_BN, before.policy.logprobs_BN)
-    assert distance(learner.critic.tensors(), values) > 0
+    assert distance(weights(learner.critic), values) > 0
     assert np.abs(warm.values_n - before.values_n).max() > 0
     learner.update(fresh)
     assert not torch.equal(learner.score(fresh).policy.logprobs_BN, before.policy.logprobs_BN)
@@ -193,7 +193,7 @@ def test_image_tokens_kept_over_the_epochs_give_the_same_update(tiny_vla: Path, 
     epochs = config.epochs + (config.critic_epochs if critic != "shared" else 0)
     assert seen == [decisions + ends, decisions + ends + epochs * decisions]
     assert distance(weights(kept.model), weights(again.model)) < 1e-6
-    assert distance(kept.critic.tensors(), again.critic.tensors()) < 1e-6
+    assert distance(weights(kept.critic), weights(again.critic)) < 1e-6
 
 
 def count_images(model: VLA) -> list[int]:
@@ -217,7 +217,7 @@ def test_activations_computed_again_give_the_same_update(tiny_vla: Path, critic:
     scored, steps = 1, 2 * 2
     assert passes == [scored + steps, scored + 2 * steps]
     assert distance(weights(learners[0].model), weights(learners[1].model)) < 1e-5
-    assert distance(learners[0].critic.tensors(), learners[1].critic.tensors()) < 1e-5
+    assert distance(weights(learners[0].critic), weights(learners[1].critic)) < 1e-5
 
 
 def test_parts_of_a_minibatch_hold_prompts_of_about_one_length(tiny_vla: Path) -> None:
@@ -239,7 +239,7 @@ def _train_rank(ranks: Ranks, folder: Path, out: Path) -> None:
 
 
 def learned(learner: Learner) -> dict[str, torch.Tensor]:
-    return weights(learner.model) | learner.critic.tensors()
+    return weights(learner.model) | weights(learner.critic)
 
 
 def test_two_ranks_give_the_update_of_one(tiny_vla: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_the_critic_takes_all_its_steps_where_divergence_stops_the_policy(tiny_v
     fresh = trajectories_of(stopped.model)
     metrics = [learner.update(fresh) for learner in (stopped, warming)]
     assert metrics[0]["stopped_early"] == 1
-    assert distance(stopped.critic.tensors(), warming.critic.tensors()) == 0
+    assert distance(weights(stopped.critic), weights(warming.critic)) == 0
     assert stopped.critic_optimizer.step_count == CONFIG.critic_epochs  # of one minibatch each
 
 

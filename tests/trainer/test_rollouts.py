@@ -13,6 +13,7 @@ import pytest
 
 from policy_server.episode_store import EpisodeStore
 from protos import episode_pb2, rollout_pb2
+from rl_trainer import rollouts
 from rl_trainer.patience import ServerGone
 from rl_trainer.rollouts import RolloutQueue
 from tests.server import messages
@@ -116,6 +117,17 @@ def test_a_rollout_that_fails_three_times_comes_in_without_an_episode(tmp_path: 
             work(server, outcome=episode_pb2.OUTCOME_ERROR)
         (item,) = queue.finished()
         assert item.episode is None and item.errors == ("it broke",) * 3
+
+
+def test_work_that_nobody_takes_is_spoken_of_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(rollouts, "LOOK_S", 0.05)
+    monkeypatch.setattr(rollouts, "NOBODY_S", 0.2)
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        queue = RolloutQueue(server.address, run="run")
+        queue.enqueue([rollout(0)])
+        threading.Timer(1.0, work, (server,)).start()
+        assert len(list(queue.finished())) == 1
+        assert capsys.readouterr().out.count(f"nobody takes the 1 rollouts that wait at {server.address}") == 1
 
 
 def test_what_was_set_aside_may_be_asked_for_by_the_runs_next_life(tmp_path: Path) -> None:
