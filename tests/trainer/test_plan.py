@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from policy_server.vla.checkpoint import load_checkpoint, load_config
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from rl_trainer.__main__ import main
 from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
-from rl_trainer.devices import find_machine
+from rl_trainer.costs import GIB
 from rl_trainer.learner import Learner, LearnerConfig
 from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
 from rl_trainer.train_config import differences
@@ -53,14 +54,15 @@ def test_a_run_that_memory_or_disk_do_not_hold_is_refused_in_a_sentence(
     tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["rl_trainer", "plan", "--out", str(tmp_path / "run"), "--suite", "robosuite", "--model", str(tiny_vla)]
-    monkeypatch.setattr(sys, "argv", [*line, "--memory-gb", "0.1"])
+    monkeypatch.setattr(sys, "argv", [*line, "--memory-gb", "1.25"])
     assert main() == 2
-    assert "error: the run needs" in (said := capsys.readouterr().err) and "which has 0.1: learner" in said
+    assert "error: the run needs" in (said := capsys.readouterr().err) and "which has 1.2: learner" in said
     monkeypatch.setattr("rl_trainer.plan.time_scenes", lambda *_: SCENES)
     with pytest.raises(ValueError, match=r"GiB of disk, and 0\.0 are free"):
         plan(config_of(tmp_path / "run", tiny_vla, free_gb=0.0))
     monkeypatch.setattr("rl_trainer.plan.time_scenes", lambda *_: replace(SCENES, scene_gb=1000.0))
-    memory_gb = 0.4 * find_machine().memory_gb  # workers may fill half
+    process_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    memory_gb = max(1.25, 3 * process_gb)  # for learner and server, and half for workers, of a scene or more
     with pytest.raises(ValueError, match=r"of the memory of this machine, .* workers \d+"):
         plan(config_of(tmp_path / "run", tiny_vla, memory_gb=memory_gb))
     assert not (tmp_path / "run").exists()
