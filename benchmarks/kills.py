@@ -33,6 +33,7 @@ from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from protos import episode_pb2
 from protos.episode_file import read_episode
+from rl_trainer.metrics import read_curve
 from rl_trainer.train_config import RECORD, STATE
 from rl_trainer.train_state import TrainState
 
@@ -256,7 +257,7 @@ def check(code: int, out: Path) -> None:
 def ended(out: Path) -> Ended:
     """Reads what a run has left."""
     state, tensors = TrainState.load(out / STATE)
-    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    rows = read_curve(out / "curve.jsonl")
     iterations = [row for row in rows if "success/train" in row]
     rollouts, errors = Counter[str](), 0
     for path in (out / "episodes").glob("*.episode"):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tyro
 
+from rl_trainer.metrics import read_curve
 from sim.local_server import served
 
 RESULTS = Path(__file__).parent / "results" / "recipe"
@@ -268,7 +269,7 @@ def carry_out(experiment: Experiment, config: RecipeConfig) -> None:
     for step in experiment.steps:
         left = take(step, config.runs)
         model = str(left / ("best" if (left / "best").exists() else "last"))
-        curves[step.name] = [json.loads(line) for line in (left / "curve.jsonl").read_text().splitlines()]
+        curves[step.name] = read_curve(left / "curve.jsonl")
     folder = config.runs / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}

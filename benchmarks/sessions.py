@@ -45,6 +45,7 @@ from protos import session_pb2
 from protos.channel import free_port
 from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import BATCH_WAIT_MS, Child, kept_alive
+from rl_trainer.metrics import read_curve
 from rl_trainer.session import SessionRun
 from rl_trainer.session_config import At, SessionConfig
 from rl_trainer.train_config import STATE
@@ -237,7 +238,7 @@ def have_session(experiment: Experiment, here: Lab) -> dict[str, Any]:
             [event.what, event.version, event.by, round((event.unix_ns - began) / 1e9, 1), event.reason]
             for event in session.log
         ],
-        "curve": [json.loads(line) for line in (config.out / "curve.jsonl").open()],
+        "curve": read_curve(config.out / "curve.jsonl"),
         "evaluation": here.evaluated(session.live_version, experiment.task) if experiment.evaluated else None,
     }
 

@@ -260,8 +260,7 @@ class Episodes:
         episode_id = episode.start.episode_id
         if episode_id not in self._open:  # a decision that was under way has lost it
             self.ended_as(episode_id)
-        told = not by_server  # by its client, how it ended
-        told &= self._claim_rollout(episode, end)
+        told = self._claim_rollout(episode, end) and not by_server  # by its client, how it ended
         sequence = 0
         try:
             episode.executed(ticks)
@@ -308,10 +307,11 @@ class Episodes:
         """
         assert episode.writer is not None
         sequence = store.finish(episode.writer, end)
-        if self._sessions is not None and episode.start.session_id and told:
-            self._sessions.end(episode.start, end.outcome, episode.moved)
-        elif self._sessions is not None and episode.start.session_id:
-            self._sessions.leave_out(episode.start)
+        if self._sessions is not None and episode.start.session_id:
+            if told:
+                self._sessions.end(episode.start, end.outcome, episode.moved)
+            else:
+                self._sessions.leave_out(episode.start)
         return sequence
 
     def _lease(self, lease_id: str) -> Lease | None:

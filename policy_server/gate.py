@@ -122,7 +122,7 @@ class Tally:
     """What came of a version's episodes since the candidate began, in whatever order."""
 
     episodes: int = 0
-    """without the errors, as all that follows"""
+    """without those that ended as errors, as all but `errors`"""
     successes: int = 0
     """without a person's help"""
     interventions: int = 0

@@ -27,7 +27,7 @@ from policy_server.gate import Trial
 from policy_server.refusals import disk
 from policy_server.session import Begun, By, Charter, Event, Session, State, Turns, What, moves, trial_of
 from protos import episode_pb2
-from protos.episode_file import DamagedEpisode, Episode, sync
+from protos.episode_file import DamagedEpisode, Episode, sync, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -277,10 +277,8 @@ class Sessions:
     def _write(self, session_id: str, line: dict) -> None:
         with self._path(session_id).open("ab", buffering=0) as file:
             whole = file.tell()
-            view = memoryview(json.dumps(line).encode() + b"\n")
             try:
-                while view:  # an unbuffered write may be short
-                    view = view[file.write(view) :]
+                write_whole(file, json.dumps(line).encode() + b"\n")
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(whole)  # or the next line would go on with half of this one

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -100,9 +101,7 @@ class EpisodeWriter:
         self._records += 1
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:  # an unbuffered write may be short
-            view = view[self._file.write(view) :]
+        write_whole(self._file, data)
         self._crc = zlib.crc32(data, self._crc)
 
 
@@ -143,6 +142,13 @@ class EpisodeReader:
             return episode_pb2.EpisodeRecord.FromString(data)
         except DecodeError as error:
             raise DamagedEpisode(f"{self._path.name}: its {kind} {index} is not an EpisodeRecord: {error}") from error
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    """All of it, since an unbuffered write may be short.  Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def sync(path: Path) -> None:

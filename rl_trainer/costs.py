@@ -218,6 +218,11 @@ class Shapes:
         return self.numbers * self.width
 
     @property
+    def is_adapter(self) -> bool:
+        """What is trained lies beside the model, none of which is."""
+        return self.frozen == self.numbers
+
+    @property
     def published_bytes(self) -> int:
         """Of what a publish sends."""
         return self.trained * self.trained_width
@@ -306,7 +311,7 @@ def learner_bytes(shapes: Shapes, *, reference: bool, averaged: bool = False) ->
 
 def server_bytes(shapes: Shapes, *, width: int) -> int:
     """Of a server that computes in numbers of so many bytes: the model, and what further versions have of their own."""
-    further = HELD_ADAPTERS if shapes.frozen == shapes.numbers else HELD_MODELS
+    further = HELD_ADAPTERS if shapes.is_adapter else HELD_MODELS
     return (shapes.numbers + further * shapes.trained) * width
 
 
@@ -333,8 +338,7 @@ def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule, average
     stored = episodes * (ceil(schedule.ticks / schedule.chunk) + 1) * decision_bytes(config)
     versions = min((1 + averaged) * schedule.iterations, KEPT_VERSIONS) * shapes.published_bytes
     states = 2 * (STATE_BYTES * (shapes.trained + shapes.critic_trained) + 4 * averaged * shapes.trained)
-    is_adapter = shapes.frozen == shapes.numbers
-    return stored + versions + states + 2 * (shapes.published_bytes if is_adapter else shapes.weights_bytes)
+    return stored + versions + states + 2 * (shapes.published_bytes if shapes.is_adapter else shapes.weights_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

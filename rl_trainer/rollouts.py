@@ -111,8 +111,7 @@ class RolloutQueue:
 
     def forgive(self) -> None:
         """What was set aside in an earlier life of the run may be asked for again: what ailed it may be put right."""
-        request = rollout_pb2.GetQueueRequest(run=self.run)
-        if self._call(lambda: self._stub.GetQueue(request, timeout=DEFAULT_DEADLINE_S)).set_aside:
+        if self._status().set_aside:
             self.cancel()
 
     def cancel(self) -> None:
@@ -133,9 +132,7 @@ class RolloutQueue:
 
         A server that was restarted has forgotten it; one whose disk is full says so, and the run with it.
         """
-        status = self._call(
-            lambda: self._stub.GetQueue(rollout_pb2.GetQueueRequest(run=self.run), timeout=DEFAULT_DEADLINE_S)
-        )
+        status = self._status()
         self._warn(status)
         for aside in status.set_aside:
             rollout = self._outstanding.pop(aside.rollout.rollout_id, None)
@@ -143,6 +140,10 @@ class RolloutQueue:
                 yield Finished(rollout=rollout, episode=None, errors=tuple(aside.errors))
         if self._outstanding:
             self._call(lambda: self._enqueue(list(self._outstanding.values())))
+
+    def _status(self) -> rollout_pb2.QueueStatus:
+        request = rollout_pb2.GetQueueRequest(run=self.run)
+        return self._call(lambda: self._stub.GetQueue(request, timeout=DEFAULT_DEADLINE_S))
 
     def _warn(self, status: rollout_pb2.QueueStatus) -> None:
         """Says so where nobody takes the work."""

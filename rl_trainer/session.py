@@ -33,7 +33,7 @@ from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode
 from rl_trainer.curriculum import Curriculum
 from rl_trainer.learner import Learner
-from rl_trainer.lessons import EXPERT, HUMAN, Lessons, interventions, successes
+from rl_trainer.lessons import HELPERS, Lessons, interventions, successes
 from rl_trainer.metrics import Curve
 from rl_trainer.patience import Refusal
 from rl_trainer.publisher import Publisher
@@ -298,7 +298,7 @@ class SessionRun:
         newest, episodes = self.client.episodes(self.name, self.state.cursor)
         for number, episode in episodes:
             success = episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
-            own = success and not any(tick.source in (HUMAN, EXPERT) for tick in episode.ticks)  # as the gate counts
+            own = success and not any(tick.source in HELPERS for tick in episode.ticks)  # as the gate counts
             self.state.counts["episodes"] += 1
             self.state.counts["successes"] += own
             if self.curriculum is not None and episode.start.rollout_id:

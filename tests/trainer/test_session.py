@@ -71,6 +71,12 @@ def config_of(folder: Path, model: Path, server: RunningServer, **changes) -> Se
     return SessionConfig(out=folder / "lab", **settings | changes)
 
 
+def until_promoted(run: SessionRun) -> None:
+    """Version 1 is live."""
+    while run.state.live != 1:
+        assert run.step()
+
+
 def log_of(folder: Path) -> list[dict]:
     return json.loads((folder / "lab" / "log.json").read_text())
 
@@ -98,8 +104,7 @@ def test_plain_peft_reads_the_exported_adapter_and_answers_as_the_server_did(tin
     with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
         config = config_of(tmp_path, tiny_vla, server)
         with closing(SessionRun(config)) as run:
-            while run.state.live != 1:
-                assert run.step()
+            until_promoted(run)
             list(Export(at=config.at, session="lab", out=config.out, to=tmp_path / "to").lines(run.client))
     base = load_checkpoint(tiny_vla)
     theirs = peft.PeftModel.from_pretrained(base.model, str(tmp_path / "to")).eval()
@@ -176,8 +181,7 @@ def test_a_session_that_has_learned_is_not_begun_again_from_another_folder(tiny_
     with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
         config = config_of(tmp_path, tiny_vla, server)
         with closing(SessionRun(config)) as run:
-            while run.state.live != 1:
-                assert run.step()
+            until_promoted(run)
         cursors = (tmp_path / "episodes" / "cursors.json").read_text()
         with pytest.raises(ValueError, match="'lab' is at version 1 already, which this folder has not"):
             SessionRun(replace(config, out=tmp_path / "other", session="lab"))
@@ -245,8 +249,7 @@ def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path:
     with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
         config = config_of(tmp_path, tiny_vla, server)
         with closing(SessionRun(config)) as run:
-            while run.state.live != 1:
-                assert run.step()
+            until_promoted(run)
             run.client.control("lab", session_pb2.CONTROL_PAUSE)
             run.step()
             run.client.control("lab", session_pb2.CONTROL_ROLL_BACK, "it scratched the table")
