@@ -28,6 +28,8 @@ class ServerGone(RuntimeError):
 
 
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+REPEATABLE = (*PASSING, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""For calls that may be made twice, so that a lost answer is asked for again."""
 TROUBLE = {grpc.StatusCode.RESOURCE_EXHAUSTED: "has had no room"}
 """What the server's silence is called, where it is not just away."""
 

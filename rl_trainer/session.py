@@ -162,9 +162,9 @@ class SessionRun:
         while self.step():
             time.sleep(POLL_S)
         if self.curriculum is not None:
-            self.client.cancel(self.name)
+            self.client.rollouts.cancel(self.name)
         self._tell_the_end()
-        self.client.keep_after(self.name, self.state.cursor, leave=True)
+        self.client.rollouts.keep_after(self.name, self.state.cursor, leave=True)
 
     def step(self) -> bool:
         """Looks at the session and does what is due; False when it is over.
@@ -217,7 +217,7 @@ class SessionRun:
             if self.curriculum is not None:
                 self.curriculum.load(state.curriculum)
             if self.client.get(self.name).state != session_pb2.SESSION_STATE_STOPPED:
-                self.client.keep_after(self.name, state.first)
+                self.client.rollouts.keep_after(self.name, state.first)
             self._read_again(state)
             return state
         newest = self.client.newest(self.name)
@@ -227,7 +227,7 @@ class SessionRun:
                 f"session {self.name!r} is at version {session.live_version} already, which this folder has not: resume"
                 " from the folder of its trainer, or give --session another name"
             )
-        self.client.keep_after(self.name, newest)
+        self.client.rollouts.keep_after(self.name, newest)
         state = SessionState(version=self.config.base_version, live=session.live_version, first=newest, cursor=newest)
         self._keep_weights(self.config.base_version)
         return state
@@ -346,12 +346,13 @@ class SessionRun:
         """Workers have something to do."""
         if self.curriculum is None:
             return
-        missing = self.config.ahead - self.client.outstanding(self.name)
+        queue = self.client.rollouts.status(self.name)
+        missing = self.config.ahead - queue.waiting - queue.leased
         if missing <= 0:
             return
         first = self.state.counts["rollouts"]
         self.state.counts["rollouts"] += missing
-        self.client.enqueue(
+        self.client.rollouts.enqueue(
             [
                 rollout_pb2.Rollout(
                     rollout_id=f"{self.name}/{first + number}",
