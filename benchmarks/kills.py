@@ -166,7 +166,7 @@ def start(config: KillsConfig, out: Path, *, deterministic: bool = True) -> subp
     command += ["--iterations", str(config.iterations), "--rollouts", str(config.rollouts), "--seed", str(config.seed)]
     command += ["--evaluate-every", str(config.evaluate_every), "--evaluate-states", str(HELD_OUT)]
     command += ["--processes", str(config.processes), "--slots", "2"]
-    command += ["--learner.warm-up", "1", "--learner.learning-rate", "1e-4"]
+    command += ["--learner.warm-up", "1", "--learner.learning-rate", "1e-4", "--learner.average", "0"]
     command += ["--deterministic"] * deterministic + ["--resume"] * (out / RECORD).exists()
     out.mkdir(parents=True, exist_ok=True)
     with (out.parent / f"{out.name}.log").open("ab") as log:

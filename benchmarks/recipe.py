@@ -143,7 +143,8 @@ def step(name: str, command: str, *data: str, **options: str | None) -> Step:
 def watched(name: str, suite: str, temperature: float, iterations: int) -> Step:
     """Episodes of nano as it is."""
     budget = {"iterations": str(iterations), "learner.warm-up": str(iterations), "evaluate-every": "0"}
-    how = {"model": "nano", "learner.critic-epochs": "1", **COLLECT, "temperature": str(temperature)}
+    noise = {"temperature": str(temperature), "noise-correlation": "0"}
+    how = {"model": "nano", "learner.critic-epochs": "1", **COLLECT, **noise}
     return step(name, "train", **{"suite": suite, **budget, **how})
 
 

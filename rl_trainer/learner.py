@@ -54,15 +54,15 @@ MEASURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """How a batch of episodes moves the weights."""
+    """How a batch of episodes moves the weights.  Defaults: what improved nano (benchmarks/FIGURES.md)."""
 
     advantage: Literal["gae", "grpo", "rloo"] = "gae"
     """gae learns from a critic; the others compare episodes that began alike, and need no critic"""
-    gamma: float = 0.995
+    gamma: float = 0.998
     """discount of one executed tick"""
-    lambda_: float = 0.95
+    lambda_: float = 0.6
     """of GAE, a decision"""
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-5
     anneal: int = 0
     """iterations over which the policy's learning rate falls in a line to 0, the warm-up's among them; 0: it stays"""
     average: float = 0.0
@@ -71,18 +71,18 @@ class LearnerConfig:
     """shared reads the policy's hidden state, lora its base through an adapter of the critic's own, separate a copy"""
     critic_rank: int = 16
     """of lora's adapter"""
-    critic_learning_rate: float = 3e-4
-    critic_epochs: int = 4
+    critic_learning_rate: float = 1e-3
+    critic_epochs: int = 8
     critic_minibatch: int = 64
     """decisions of one optimiser step of the critic's, over all ranks"""
     critic_gradient: bool = False
     """the value loss also shapes the backbone that is shared: once warm, the critic learns in the policy's steps"""
     critic_weight: float = 0.5
     """of that value loss beside the policy's"""
-    warm_up: int = 2
+    warm_up: int = 6
     """first iterations, in which trajectories teach the critic alone"""
     epochs: int = 2
-    minibatch: int = 64
+    minibatch: int = 256
     """decisions of one optimiser step, over all ranks"""
     microbatch: int = 32
     """decisions of one pass with gradients, to save memory; does not change the update"""
@@ -90,7 +90,7 @@ class LearnerConfig:
     """drop activations and compute them again for the gradient: a third more time, a fraction of the memory"""
     keep_images: bool = True
     """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
-    target_kl: float = 0.05
+    target_kl: float = 0.1
     """no further step in this iteration once a minibatch's divergence from the policy that the iteration found exceeds
     it; 0: never"""
     clip_norm: float = 1.0

@@ -108,12 +108,7 @@ class SessionConfig:
         default_factory=lambda: LearnerConfig(
             learning_rate=7e-4,
             warm_up=3,
-            gamma=0.998,
-            lambda_=0.6,
-            critic_learning_rate=1e-3,
-            critic_epochs=8,
             epochs=4,
-            minibatch=256,
             target_kl=0.3,
             success_weight=0.1,
             intervention_weight=1.0,

@@ -50,13 +50,13 @@ class TrainConfig:
     iterations: int = 50
     minutes: float | None = None
     """wall time of the whole run; with iterations, whichever comes first"""
-    rollouts: int = 32
+    rollouts: int = 64
     """episodes of an iteration"""
     group: int = 1
     """episodes that begin alike, for grpo and rloo; divides rollouts"""
-    temperature: float = 1.0
+    temperature: float = 0.5
     """of training episodes"""
-    noise_correlation: float = 0.0
+    noise_correlation: float = 0.9
     """of their noise, between the ticks of a chunk, in [0, 1): exploration that does not average out along the chunk"""
     overlap: bool = False
     """collect the next iteration's episodes, with weights one update old, while this one is learned from"""
@@ -66,7 +66,7 @@ class TrainConfig:
     evaluate_states: int = 0
     """of each task, the first so many of the split; 0: all"""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(average=0.995))
     reward_model: Path | None = None
     """what `python -m rl_trainer reward-model` has left; none given: success alone is rewarded"""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)

@@ -103,7 +103,7 @@ def test_a_run_practises_with_what_it_published_and_measures_greedily_on_other_s
     tiny_vla: Path, tmp_path: Path
 ) -> None:
     """Defects 1, 9, 10 and 12, seen from outside."""
-    rows, found = run(tmp_path, tiny_vla, noise_correlation=0.5)
+    rows, found = run(tmp_path, tiny_vla, temperature=1.0, noise_correlation=0.5)
     practised, measured = [found["0"], found["1"]], [found[f"evaluate-{number}"] for number in range(3)]
     assert [versions(some) for some in practised] == [{0}, {1}], "each with the weights of the update before"
     assert [versions(some) for some in measured] == [{0}, {1}, {2}]
