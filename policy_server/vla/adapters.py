@@ -65,12 +65,13 @@ class FactorLayout:
     def numbers(self) -> int:
         return sum(torch.Size(size).numel() for site in self.sites for size in site.sizes(self.width))
 
-    def views(self, flat: torch.Tensor) -> list[LowRank]:
-        """The factors at each site, in the memory of one adapter (numbers,) or of a batch (B, numbers)."""
+    def views(self, flat: torch.Tensor, rows: int | None = None) -> list[LowRank]:
+        """The factors at each site, in the memory of one adapter (numbers,) or of rows (rows, numbers), of so many
+        first rows of a batch."""
         sizes = [size for site in self.sites for size in site.sizes(self.width)]
         parts = flat.split([torch.Size(size).numel() for size in sizes], -1)
         factors = iter([part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)])
-        return [LowRank(down_IR=down_IR, up_PRO=up_PRO) for down_IR, up_PRO in zip(factors, factors, strict=True)]
+        return [LowRank(down_IR=down, up_PRO=up, rows=rows) for down, up in zip(factors, factors, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +143,14 @@ class Adapters:
             return Adapter(self, layout, adapter.flat.to(**like))
 
     @contextlib.contextmanager
-    def rows(self, adapters: Sequence[Adapter | None], *, row_by_row: bool) -> Iterator[VLA]:
-        """The model for one pass, whose row b has adapters[b], or none.  Those there are must be of one layout.
+    def rows(self, adapters: Sequence[Adapter], *, row_by_row: bool) -> Iterator[VLA]:
+        """The model for one pass, whose row b has adapters[b], and none from there on.  They are of one layout.
 
-        row_by_row: even where all rows have the same one, which would be faster as one product.
+        row_by_row: even where all have the same one, which would be faster as one product.
         """
-        (layout,) = {adapter.layout for adapter in adapters if adapter is not None}
+        (layout,) = {adapter.layout for adapter in adapters}
         try:
-            self._set(layout, self._factors(list(adapters), layout, row_by_row))
+            self._set(layout, self._factors(adapters, layout, row_by_row))
             yield self._model
         finally:
             for site in layout.sites:
@@ -169,26 +170,22 @@ class Adapters:
         for site, own in zip(layout.sites, factors, strict=True):
             self._products[site].low_rank = own
 
-    def _factors(self, adapters: list[Adapter | None], layout: FactorLayout, row_by_row: bool) -> list[LowRank]:
-        """At each site of the layout; zeros for a row without an adapter."""
-        first = adapters[0]
-        if first is not None and not row_by_row and all(adapter is first for adapter in adapters):
-            return layout.views(first.flat)
+    def _factors(self, adapters: Sequence[Adapter], layout: FactorLayout, row_by_row: bool) -> list[LowRank]:
+        """At each site of the layout."""
+        if not row_by_row and all(adapter is adapters[0] for adapter in adapters):
+            return layout.views(adapters[0].flat, len(adapters))
         rows = rows_of(adapters)
         if self._batch is None or self._batch[0] != rows:  # robots that came together mostly do so again
-            some = next(adapter.flat for adapter in adapters if adapter is not None)
-            none = torch.zeros_like(some)
-            stacked = torch.stack([none if adapter is None else adapter.flat for adapter in adapters])
-            self._batch = rows, layout.views(stacked)
+            stacked = torch.stack([adapter.flat for adapter in adapters])
+            self._batch = rows, layout.views(stacked, len(adapters))
         return self._batch[1]
 
 
 def adapted(
-    base: VLA, adapters: Sequence[Adapter | None], *, row_by_row: bool = False
+    base: VLA, adapters: Sequence[Adapter], *, row_by_row: bool = False
 ) -> contextlib.AbstractContextManager[VLA]:
-    """What runs a pass over rows with these adapters of the base: the base itself where no row has one."""
-    home = next((adapter.home for adapter in adapters if adapter is not None), None)
-    return contextlib.nullcontext(base) if home is None else home.rows(adapters, row_by_row=row_by_row)
+    """What runs a pass whose first rows have these adapters of the base: the base itself where there are none."""
+    return adapters[0].home.rows(adapters, row_by_row=row_by_row) if adapters else contextlib.nullcontext(base)
 
 
 def _products(model: VLA) -> dict[Site, RowLinear | SideBySide]:

@@ -40,17 +40,19 @@ def decode(
 
     With a shape, rows and prompts are padded to it.  graphs: captured passes of this model, used where one fits.
     """
-    requests = padded(inputs, shape)
+    order = sorted(range(len(inputs)), key=lambda n: _place(inputs[n]))
+    requests = padded([inputs[n] for n in order], shape)
     with torch.cuda.device(vla.device) if vla.device.type == "cuda" else nullcontext():
         laps = Laps(vla.device)
         answers = graphs.run(requests, laps) if graphs is not None else None
         if answers is None:
-            with adapted(vla, [one.adapter for one in requests], row_by_row=shape is not None) as model:
+            adapters = [one.adapter for one in requests if one.adapter is not None]
+            with adapted(vla, adapters, row_by_row=shape is not None) as model:
                 batch = Batch.of(model.config, requests, prompt_length=shape and shape.prompt_length)
                 one = Pass(model, batch.to(vla.device))
                 laps.run(one.phases)
                 answers = one.answers
-        columns_BN, logprobs_BN = (tensor.cpu()[: len(inputs)] for tensor in answers)
+        columns_BN, logprobs_BN = (tensor.cpu()[np.argsort(order)] for tensor in answers)
         vision_s, prefill_s, decode_s = laps.seconds()
     return Decoded(
         token_ids_BN=(columns_BN + vla.config.action_begin).numpy().astype(np.int32),
@@ -59,3 +61,8 @@ def decode(
         prefill_s=prefill_s,
         decode_s=decode_s,
     )
+
+
+def _place(one: DecodeInput) -> tuple[bool, int]:
+    """Rows with an adapter come first, since only they add to what the base computes; those of one side by side."""
+    return one.adapter is None, id(one.adapter)

@@ -16,21 +16,26 @@ from torch.nn import functional
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """The factors of P layers that read one input; with a batch dimension first where rows differ."""
+    """The factors of P layers that read one input; with a row dimension first where rows differ."""
 
     down_IR: torch.Tensor
-    """(I, P * R) or (B, I, P * R)"""
+    """(I, P * R) or (rows, I, P * R)"""
     up_PRO: torch.Tensor
-    """(P, R, O) or (B, P, R, O)"""
+    """(P, R, O) or (rows, P, R, O)"""
+    rows: int | None = None
+    """How many rows of a batch, from its first, they are of; None: all."""
 
-    def add(self, y_BLO: torch.Tensor, x_BLI: torch.Tensor) -> torch.Tensor:
-        """y, the layers' outputs side by side (B, L, P * O), and what the factors make of x."""
-        layers, rank = self.up_PRO.shape[-3:-1]
+    def add_to(self, y_BLO: torch.Tensor, x_BLI: torch.Tensor) -> None:
+        """Adds what the factors make of x to y, the layers' outputs side by side (B, L, P * O)."""
+        y_BLO, x_BLI = y_BLO[: self.rows], x_BLI[: self.rows]
         inner_BLR = x_BLI @ self.down_IR
+        layers, rank, outputs = self.up_PRO.shape[-3:]
         if layers == 1:
-            return y_BLO + inner_BLR @ self.up_PRO[..., 0, :, :]
-        inner_BPLR = inner_BLR.unflatten(-1, (layers, rank)).transpose(-3, -2)
-        return y_BLO + (inner_BPLR @ self.up_PRO).transpose(-3, -2).flatten(-2)
+            y_BLO += inner_BLR @ self.up_PRO[..., 0, :, :]
+        else:
+            many = (*y_BLO.shape[:2], layers)
+            inner_BPLR = inner_BLR.view(*many, rank).transpose(1, 2)
+            y_BLO.view(*many, outputs).transpose(1, 2).add_(inner_BPLR @ self.up_PRO)
 
 
 class RowLinear(nn.Linear):
@@ -45,7 +50,9 @@ class RowLinear(nn.Linear):
 
     def forward(self, x_BLI: torch.Tensor) -> torch.Tensor:
         y_BLO = functional.linear(x_BLI, self.weight, self.bias)
-        return y_BLO if self.low_rank is None else self.low_rank.add(y_BLO, x_BLI)
+        if self.low_rank is not None:
+            self.low_rank.add_to(y_BLO, x_BLI)
+        return y_BLO
 
 
 class SideBySide:
@@ -62,7 +69,9 @@ class SideBySide:
 
     def __call__(self, x_BLI: torch.Tensor) -> torch.Tensor:
         y_BLO = functional.linear(x_BLI, self.weight)
-        return y_BLO if self.low_rank is None else self.low_rank.add(y_BLO, x_BLI)
+        if self.low_rank is not None:
+            self.low_rank.add_to(y_BLO, x_BLI)
+        return y_BLO
 
 
 def side_by_side(*linears: nn.Linear) -> SideBySide | None:

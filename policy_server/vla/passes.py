@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def padded(requests: Sequence[DecodeInput], shape: PassShape | None) -> list[Dec
     if not shape.fits(requests):
         got = f"{len(requests)} requests with up to {_longest(requests)} prompt tokens"
         raise ValueError(f"the batch must fit {shape}, got {got}")
-    return [*requests, *[requests[0]] * (shape.batch - len(requests))]
+    return [*requests, *[replace(requests[0], adapter=None)] * (shape.batch - len(requests))]
 
 
 def _longest(requests: Sequence[DecodeInput]) -> int:

@@ -31,7 +31,7 @@ def score(
     if vla.training:
         raise ValueError("the model must be in evaluation mode, got one in training mode")
     ids_BN = torch.from_numpy(token_ids_BN.astype(np.int64)).to(vla.device)
-    with adapted(vla, [adapter] * len(prepared)) as model:
+    with adapted(vla, [adapter] * len(prepared) if adapter is not None else []) as model:
         logits_BNV = model(collate(prepared).to(vla.device), ids_BN).logits_BNV
     logprobs_BNV = torch.log_softmax(logits_BNV / temperature, -1)
     return logprobs_BNV.gather(-1, (ids_BN - vla.config.action_begin)[..., None])[..., 0].cpu().numpy()
