@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import tyro
@@ -128,15 +128,15 @@ def merge(config: MergeConfig) -> int:
 
     if config.out.exists():
         raise CannotStart(f"out must be a new folder, but {str(config.out)!r} exists")
-    partial = config.out.with_name(f"{config.out.name}.partial")
     try:
         dtype = None if config.dtype == "stored" else config.dtype
         base = load_checkpoint(config.model, dtype=dtype)
         load_lora(base.model, config.adapter)
         merge_lora(base.model)
-        shutil.rmtree(partial, ignore_errors=True)
-        save_checkpoint(partial, base.model, base.tokenizer)
-        partial.rename(config.out)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=config.out.parent, prefix=f".{config.out.name}-") as folder:
+            save_checkpoint(Path(folder) / "whole", base.model, base.tokenizer)
+            (Path(folder) / "whole").rename(config.out)
     except (CheckpointError, OSError) as error:
         raise CannotStart(f"cannot merge: {error}") from error
     print(f"MERGED {config.model} and {config.adapter} in {config.out}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from policy_server.errors import Overloaded, Refused
+from policy_server.errors import NoNumber, Overloaded, Refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,10 @@ class Answered:
 
 @dataclass(eq=False)
 class Ticket:
-    """One place in the queue.  `answer` resolves to Answered, or to the Refused that took the place away."""
+    """One place in the queue.  `answer` resolves to Answered, or to the Refused that took the place away.
+
+    Who waits for it may be cancelled; the answer cannot be, withdraw() takes it back.
+    """
 
     answer: Future[Answered] = field(default_factory=Future)
     request: DecodeRequest = field(init=False)
@@ -72,6 +75,9 @@ class Ticket:
     submitted_s: float = field(init=False)
     """time.monotonic() at submit()."""
     state: Literal["preparing", "queued", "decoding", "left"] = "preparing"
+
+    def __post_init__(self) -> None:
+        self.answer.set_running_or_notify_cancel()
 
     @property
     def refused(self) -> bool:
@@ -161,19 +167,29 @@ class Batcher:
             return batch
 
     def resolve(self, batch: list[Ticket], answers: list[DecodeAnswer], *, started_s: float) -> None:
-        """Hands out the answers of one pass that began at started_s (time.monotonic)."""
+        """Hands out the answers of one pass that began at started_s (time.monotonic).
+
+        One that is no number, of weights that overflow, moves no arm: it is refused.
+        """
+        if len(answers) != len(batch):
+            raise ValueError(f"a pass must give {len(batch)} answers, got {len(answers)}")
         self._batch_s = time.monotonic() - started_s
         self._left(batch)
         for ticket, answer in zip(batch, answers, strict=True):
-            queue_ms = 1e3 * (started_s - ticket.submitted_s)
-            ticket.answer.set_result(
-                Answered(answer=answer, version=ticket.request.version, queue_ms=queue_ms, batch_size=len(batch))
-            )
+            version, queue_ms = ticket.request.version, 1e3 * (started_s - ticket.submitted_s)
+            if np.isfinite(answer.token_logprobs_N).all():
+                ticket.answer.set_result(
+                    Answered(answer=answer, version=version, queue_ms=queue_ms, batch_size=len(batch))
+                )
+            else:
+                why = f"version {version} does not compute: the log-probabilities of its answer are no numbers"
+                ticket.answer.set_exception(NoNumber(why))
 
     def fail(self, batch: list[Ticket], why: Refused) -> None:
-        """Refuses every ticket of a pass that failed."""
-        self._left(batch)
-        for ticket in batch:
+        """Refuses what has no answer yet of a pass that failed."""
+        left = [ticket for ticket in batch if ticket.state == "decoding"]
+        self._left(left)
+        for ticket in left:
             ticket.answer.set_exception(why)
 
     def stop(self) -> None:

@@ -48,13 +48,12 @@ class Engine:
             started_s = time.monotonic()
             try:
                 answers = self._decode([ticket.request for ticket in batch], lane)
+                self._batcher.resolve(batch, answers, started_s=started_s)
+                self._observe(batch, answers, started_s)
             except EngineGone:
                 self._batcher.fail(batch, Unavailable("the model is gone; the server stops"))
             except Refused as refused:
                 self._batcher.fail(batch, refused)
-            except Exception:  # whatever a model raises, the others' requests go on
+            except Exception:  # whatever is raised, the others' requests go on
                 log.exception("the model failed on a batch of %d", len(batch))
                 self._batcher.fail(batch, InternalFault("the model failed on this batch; the server's log says why"))
-            else:
-                self._batcher.resolve(batch, answers, started_s=started_s)
-                self._observe(batch, answers, started_s)

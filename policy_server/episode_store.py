@@ -77,7 +77,7 @@ class EpisodeStore:
     """Thread-safe.  What only looks at what lies here waits for no disk.
 
     keep_bytes: the oldest episodes beyond this total are deleted, but none that a reader has yet to read; the newest
-    always stays.  None keeps everything.
+    always stays.  Of what crashes left unfinished, the next start deletes what is beyond it.  None keeps everything.
     reserve_bytes: with less than this free on the disk no new episode is accepted, so that open ones can finish.
     Raises CannotStart when the folder cannot be used.
     """
@@ -93,7 +93,7 @@ class EpisodeStore:
         self._stored: dict[int, Stored] = {}
         self._sequences: dict[str, int] = {}
         self._bytes = 0
-        self._last = 0
+        self._last = self._given = 0
         self._watchers: list[Future[None]] = []
         self._laggard = ""
         try:
@@ -183,8 +183,8 @@ class EpisodeStore:
                 self._watchers = [*(watcher for watcher in self._watchers if not watcher.done()), future]
         return future
 
-    def records(self, stored: Stored) -> list[episode_pb2.EpisodeRecord]:
-        """An episode's records; none when it has been deleted meanwhile.
+    def records(self, stored: Stored) -> Iterator[episode_pb2.EpisodeRecord]:
+        """An episode's records, in memory one at a time; none when it has been deleted meanwhile.
 
         Raises DamagedEpisode, naming the file, when it cannot be read: it is set aside then.
         """
@@ -197,7 +197,7 @@ class EpisodeStore:
         with self._writing:
             now = self._stored.get(stored.sequence)
             if now is None:
-                return []
+                return iter(())
             raise DamagedEpisode(now.damaged or self._set_aside(now, why).damaged)
 
     def commit(self, reader: str, cursor: int) -> None:
@@ -232,16 +232,22 @@ class EpisodeStore:
         self._forget_oldest()
 
     def _number(self, whole: Path, start: episode_pb2.EpisodeStart, end: episode_pb2.EpisodeEnd) -> int:
-        sequence = self._last + 1
+        sequence = self._given = self._given + 1  # no other gets it, whatever becomes of this one
         error = end.outcome == episode_pb2.OUTCOME_ERROR
         path = self._folder / f"{sequence:08d}-{start.episode_id}{ERROR_SUFFIX if error else SUFFIX}"
-        os.replace(whole, path)
-        sync(self._folder)
+        size = whole.stat().st_size
+        try:
+            os.replace(whole, path)
+            sync(self._folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.replace(path, whole)  # whoever gives up on it knows it by that name
+            raise
         stored = Stored(
             sequence=sequence,
             episode_id=start.episode_id,
             path=path,
-            bytes=path.stat().st_size,
+            bytes=size,
             rollout_id=start.rollout_id,
             session_id=start.session_id,
             error=error,
@@ -255,7 +261,7 @@ class EpisodeStore:
         self._stored[stored.sequence] = stored
         self._sequences[stored.episode_id] = stored.sequence
         self._bytes += stored.bytes
-        self._last = stored.sequence
+        self._last = self._given = stored.sequence
 
     def _wake(self) -> None:
         watchers, self._watchers = self._watchers, []
@@ -306,6 +312,16 @@ class EpisodeStore:
         for partial in sorted(self._open.glob(f"*{PARTIAL_SUFFIX}")):
             os.replace(partial, self._aside / partial.name)
             log.warning("episode %s was never finished: set aside in %s", partial.name, self._aside.name)
+        self._forget_partials()
+
+    def _forget_partials(self) -> None:
+        """What crashes left unfinished goes first, the oldest before others, where all together is beyond the bound."""
+        partials = sorted(self._aside.glob(f"*{PARTIAL_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        total = self._bytes + sum(path.stat().st_size for path in partials)
+        for partial in partials:
+            if self._keep_bytes is not None and total > self._keep_bytes:
+                total -= partial.stat().st_size
+                partial.unlink()
 
     def _take_stock(self, stored: Stored) -> None:
         if stored.path.parent == self._aside:

@@ -33,6 +33,7 @@ RATE_OVER = 32
 AT_WORK_S = 1.0
 """An episode that was silent for longer is not waited for when a batch is gathered."""
 DEFAULT_CLIENT_EPISODES = 256
+MAX_EPISODE_BYTES = 4 * 2**30
 
 MakeStart = Callable[[str, policy_pb2.StartEpisodeRequest, Rollout | None], episode_pb2.EpisodeStart]
 """The first record of an episode of that id.  Raises Refused."""
@@ -54,7 +55,13 @@ class Episode:
     """
 
     def __init__(
-        self, start: episode_pb2.EpisodeStart, writer: EpisodeWriter | None, lease: Lease | None, *, client: str = ""
+        self,
+        start: episode_pb2.EpisodeStart,
+        writer: EpisodeWriter | None,
+        lease: Lease | None,
+        *,
+        client: str = "",
+        watched: str = "",
     ):
         self.start = start
         self.client = client
@@ -66,7 +73,8 @@ class Episode:
         self.closing: asyncio.Task[None] | None = None
         self.touched_s = time.monotonic()
         self.latest: episode_pb2.Observation | None = None
-        """What was answered last, for whoever watches."""
+        """What was answered last, with one of its images, where somebody watches."""
+        self._watched = watched
         self.moved = Counter[str]()
         """moves() of its ticks"""
         self._answers_s: deque[float] = deque(maxlen=RATE_OVER)
@@ -92,6 +100,11 @@ class Episode:
         return (len(self._answers_s) - 1) / (time.monotonic() - self._answers_s[0])
 
     @property
+    def is_full(self) -> bool:
+        """Whether it takes no more decisions."""
+        return self.writer is not None and self.writer.bytes > MAX_EPISODE_BYTES
+
+    @property
     def age_s(self) -> float:
         """Since it was last heard of."""
         return time.monotonic() - self.touched_s
@@ -105,6 +118,11 @@ class Episode:
         if not due <= request.decision <= self._newest + 1:
             expected = f"{due}" if due > self._newest else f"{due} to {self._newest + 1}"
             raise OutOfOrder(f"expected decision {expected}, got {request.decision}", field="decision")
+        if self.is_full:
+            raise OutOfOrder(
+                f"the episode is full, its file holds {MAX_EPISODE_BYTES >> 30} GiB: end it, and begin another",
+                field="episode_id",
+            )
         if self.flights and request.decision < self._newest:
             raise Superseded(f"superseded by decision {self._newest}", field="decision")
         self._newest = max(self._newest, request.decision)
@@ -119,7 +137,10 @@ class Episode:
             )
         self.touched_s = time.monotonic()
         self._answers_s.append(self.touched_s)
-        self.latest = request.observation
+        if self._watched:
+            seen = request.observation
+            images = {self._watched: seen.images[self._watched]}
+            self.latest = episode_pb2.Observation(images=images, instruction=seen.instruction)
         self._answered = reply
 
     def executed(self, ticks: Iterable[episode_pb2.Tick]) -> None:
@@ -138,6 +159,7 @@ class Episodes:
 
     An episode under a lease tells the queue how it ended, and one of a session the session, once that is stored.
     per_client: how many one client may have open.
+    watched: the image of open episodes that is held for whoever watches; none where nobody can.
     """
 
     def __init__(
@@ -147,13 +169,14 @@ class Episodes:
         sessions: Sessions | None = None,
         *,
         per_client: int = DEFAULT_CLIENT_EPISODES,
+        watched: str = "",
     ):
         self.ended: Counter[int] = Counter()
         """How many have ended, by outcome."""
         self._store = store
         self._rollouts = rollouts
         self._sessions = sessions
-        self._per_client = per_client
+        self._per_client, self._watched = per_client, watched
         self._open: dict[str, Episode] = {}
         self._closed: OrderedDict[str, int | Callable[[], Refused]] = OrderedDict()
         """The sequence number, 0 when it is not stored; how its client is refused when that did not end it."""
@@ -193,7 +216,7 @@ class Episodes:
         writer = self._store.open(start) if self._store is not None else None
         if self._sessions is not None and start.session_id:
             self._sessions.begin(start)
-        self._open[start.episode_id] = Episode(start, writer, lease, client=client)
+        self._open[start.episode_id] = Episode(start, writer, lease, client=client, watched=self._watched)
         reply = policy_pb2.StartEpisodeReply(episode_id=start.episode_id, version=start.version, seed=start.seed)
         if request.request_id:
             _remember(self._replies, request.request_id, reply)

@@ -16,6 +16,7 @@ PolicyServerError
     ├── Superseded      ABORTED              a newer observation of the episode, or its end, came first
     ├── Abandoned       CANCELLED            nobody waits for the answer any more
     ├── InternalFault   INTERNAL             the model, or the server itself, raised
+    │   └── NoNumber                         the weights compute what is no number
     └── Unavailable     UNAVAILABLE          not warm yet, asleep, draining or stopping
 """
 
@@ -109,6 +110,10 @@ class Abandoned(Refused):
 
 class InternalFault(Refused):
     status = grpc.StatusCode.INTERNAL
+
+
+class NoNumber(InternalFault):
+    """The message says of which version."""
 
 
 class Unavailable(Refused):

@@ -133,16 +133,6 @@ class Metrics:
         self._decode.observe(answers[0].decode_ms / 1e3)
 
     @property
-    def outcomes(self) -> dict[str, int]:
-        """How many act requests had each outcome."""
-        samples = (sample for metric in self._requests.collect() for sample in metric.samples)
-        return {
-            sample.labels["outcome"]: int(sample.value)
-            for sample in samples
-            if sample.name.endswith("_total") and sample.labels["call"] == "act"
-        }
-
-    @property
     def passes(self) -> tuple[int, int]:
         """How many passes of the model there were, and how many requests they answered."""
         values = {sample.name: int(sample.value) for metric in self._batch_size.collect() for sample in metric.samples}

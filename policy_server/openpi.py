@@ -46,7 +46,7 @@ WAITING = 1
 """Observations of one robot between the one that is answered next and the newest, after which no more is read."""
 FLUSH_S = 2.0
 """How long the last answers may take to leave when the server stops."""
-UNKNOWN = "the connection ended; openpi's protocol does not tell how the episode did"
+UNKNOWN = "the connection ended, or was long; openpi's protocol does not tell how the episode did"
 ws_logger.setLevel(logging.ERROR)  # its warnings repeat what a robot sent
 
 HTTP_STATUS = {Unauthenticated: 401, Forbidden: 403, Overloaded: 429}
@@ -236,6 +236,8 @@ class Connection:
 
     async def _episode(self, observation: episode_pb2.Observation) -> str:
         async with self._opening:
+            if self._service.is_open(self._episode_id) and self._service.is_full(self._episode_id):
+                await self._end()
             if not self._service.is_open(self._episode_id):
                 with self._service.metrics.door():
                     self._admit()

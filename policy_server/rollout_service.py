@@ -15,6 +15,7 @@ from policy_server.errors import BadRequest, OutOfOrder, Overloaded, TooSlow, Un
 from policy_server.observation import check_name, check_names, check_sampling
 from policy_server.refusals import DRAINING, RETRY_SOON_MS, STOPPING, Door, refusing
 from policy_server.rollout_queue import Lease, RolloutQueue, run_of
+from policy_server.sessions import NO_SESSIONS, Sessions
 from policy_server.versions import Versions
 from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
 from protos.episode_file import DamagedEpisode
@@ -49,10 +50,18 @@ class _Call:
 class RolloutService(rollout_pb2_grpc.RolloutsServicer):
     """Without a store there is nowhere to keep what a rollout gives, and so no work."""
 
-    def __init__(self, *, queue: RolloutQueue, store: EpisodeStore | None, versions: Versions):
+    def __init__(
+        self,
+        *,
+        queue: RolloutQueue,
+        store: EpisodeStore | None,
+        versions: Versions,
+        sessions: Sessions | None = None,
+    ):
         self._queue = queue
         self._store = store
         self._versions = versions
+        self._sessions = sessions
         self._door = Door()
         self._asleep = False
         self._stopping = asyncio.Event()
@@ -207,7 +216,7 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
             self._queue.uncount(stored.rollout_id)
             await _write(context, rollout_pb2.EpisodePart(sequence=stored.sequence, damaged=str(error)))
             return
-        for record in records:
+        while (record := await asyncio.to_thread(next, records, None)) is not None:
             await _write(context, rollout_pb2.EpisodePart(sequence=stored.sequence, record=record))
 
     def _lease(self, call: _Call, *, only_held: bool = False) -> Lease | None:
@@ -253,6 +262,10 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
                 "practice for a session must be PURPOSE_TRAIN and name no version, the session does",
                 field=f"{field}.session_id",
             )
+        if rollout.session_id and self._sessions is None:
+            raise OutOfOrder(NO_SESSIONS, field=f"{field}.session_id")
+        if rollout.session_id and self._sessions is not None:
+            self._sessions.check(rollout.session_id, field=f"{field}.session_id")
         if rollout.purpose not in PURPOSES:
             raise BadRequest(
                 f"must be PURPOSE_TRAIN or PURPOSE_EVALUATE, got code {rollout.purpose}", field=f"{field}.purpose"

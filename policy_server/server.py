@@ -23,7 +23,7 @@ from policy_server.calls import DEFAULT_CALLS, Calls
 from policy_server.engine import Engine
 from policy_server.episode_store import EpisodeStore
 from policy_server.episodes import DEFAULT_CLIENT_EPISODES, Episodes
-from policy_server.errors import CannotStart, Overloaded, Unavailable
+from policy_server.errors import Abandoned, CannotStart, Overloaded, Unavailable
 from policy_server.http import HttpDoor, cannot_listen
 from policy_server.metrics import Metrics, ServerState
 from policy_server.model import Model
@@ -127,7 +127,13 @@ class PolicyServer:
         self._sessions = None
         if store is not None and versions is not None:
             self._sessions = Sessions(versions.folder / "sessions", store)
-        self._episodes = Episodes(store, rollouts, self._sessions, per_client=client_episodes)
+        self._episodes = Episodes(
+            store,
+            rollouts,
+            self._sessions,
+            per_client=client_episodes,
+            watched=model.spec.images[0].name if http_port is not None else "",
+        )
         self.metrics = Metrics()
         self._calls = Calls(self.metrics, most=client_calls)
         self._versions = Versions(
@@ -167,7 +173,7 @@ class PolicyServer:
             metrics=self.metrics,
             sessions=self._sessions,
         )
-        self._rollouts = RolloutService(queue=rollouts, store=store, versions=self._versions)
+        self._rollouts = RolloutService(queue=rollouts, store=store, versions=self._versions, sessions=self._sessions)
         self._admin = self._admin_service() if admin_port is not None else None
         self.admin_port = admin_port
         """The real one once start() has returned."""
@@ -421,8 +427,8 @@ class PolicyServer:
         return HttpDoor(watch, self._sessions, self.metrics, guard=self._guard)
 
     def _together(self, versions: Collection[int]) -> bool:
-        held = [version for version in versions if self._versions.holds(version)]  # others come one at a time
-        return len(held) == len(versions) and self._model.together([self._versions.weights(v) for v in held])
+        held = self._versions.held(versions)  # others come one at a time
+        return held is not None and self._model.together(held)
 
     async def _answer(self, version: int, prepared: Any) -> DecodeAnswer:
         """A version's greedy answer, in a pass with whatever robots ask then.  Raises Refused."""
@@ -430,7 +436,10 @@ class PolicyServer:
             await asyncio.sleep(LOOK_S)
         request = DecodeRequest(prepared=prepared, version=version, temperature=0.0, seed=0, decision=0)
         self._batcher.submit(ticket, request)
-        return (await asyncio.wrap_future(ticket.answer)).answer
+        try:
+            return (await asyncio.wrap_future(ticket.answer)).answer
+        finally:
+            self._batcher.withdraw(ticket, Abandoned("nobody waits for this answer"))
 
     def _place(self) -> Ticket | None:
         """In the queue, where robots have left one."""
@@ -472,6 +481,6 @@ class PolicyServer:
         return held.union(self._work.versions(), self._sessions.versions() if self._sessions is not None else ())
 
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        services = ("", POLICY, ROLLOUTS, *[ADMIN] * (self._admin is not None))
+        services = ("", POLICY, ROLLOUTS, *[ADMIN, SESSIONS] * (self._admin is not None))
         reports = [asyncio.create_task(self._health.set(service, status)) for service in services]
         await asyncio.wait(reports, timeout=REPORT_S)

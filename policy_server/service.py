@@ -134,6 +134,10 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         """Whether decisions of that episode are taken."""
         return self._episodes.is_open(episode_id)
 
+    def is_full(self, episode_id: str) -> bool:
+        """Whether that open episode takes no more decisions, however many it had."""
+        return self._episodes.find(episode_id).is_full
+
     def spec(self) -> policy_pb2.PolicySpec:
         """Everything a client must know before it moves, as it is now."""
         spec = policy_pb2.PolicySpec()

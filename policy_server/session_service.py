@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,7 @@ import numpy as np
 from policy_server import gate
 from policy_server.batcher import DecodeAnswer
 from policy_server.episode_store import EpisodeStore
-from policy_server.errors import BadRequest, OutOfOrder
+from policy_server.errors import BadRequest, NoNumber, OutOfOrder
 from policy_server.gate import GateRule
 from policy_server.observation import MAX_NAME, Observed, check_sampling, read_observation
 from policy_server.refusals import refusing
@@ -23,7 +24,7 @@ from policy_server.sessions import CONTROLS, NO_SESSIONS, Control, Sessions
 from policy_server.version_store import FIRST_VERSION, VersionStore
 from policy_server.versions import Versions
 from protos import episode_pb2, policy_pb2, session_pb2, session_pb2_grpc
-from protos.episode_file import DamagedEpisode, Episode
+from protos.episode_file import DamagedEpisode, EpisodeReader
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 REPLAYED = 16
@@ -137,9 +138,10 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             raise OutOfOrder("the session has no episode whose observations could be replayed yet", field="session_id")
         for version in (live, request.version):  # or the first answer would build them, and robots wait
             await asyncio.to_thread(self._versions.weights, version)
-        answers = {version: [await self._answer(version, one) for one in seen] for version in (live, request.version)}
-        if not all(np.isfinite(answer.token_logprobs_N).all() for answer in answers[request.version]):
-            return False, f"version {request.version} does not compute: its log-probabilities are no numbers"
+        try:
+            answers = {v: [await self._answer(v, one) for one in seen] for v in (live, request.version)}
+        except NoNumber as error:
+            return False, str(error)
         live_nKA, candidate_nKA = (np.stack([a.actions_KA for a in answers[v]]) for v in answers)
         apart_A = gate.departure(live_nKA, candidate_nKA, self._span_A)
         most = int(apart_A.argmax())
@@ -153,18 +155,17 @@ class SessionService(session_pb2_grpc.SessionsServicer):
     def _seen(self, session_id: str) -> list[Any]:
         """What the robots of the session's latest episodes saw, prepared, evenly spread over them."""
         assert self._store is not None
-        observations = list[episode_pb2.Observation]()
+        decisions = list[tuple[EpisodeReader, int]]()
         for stored in reversed(self._store.latest(REPLAYED_EPISODES, session_id, sound=True)):
-            try:
-                records = self._store.records(stored)
-            except DamagedEpisode:  # the store says so
-                continue
-            if records:
-                observations += [d.observation for d in Episode.of(records, stored.path.name).decisions]
-        chosen = np.linspace(0, len(observations) - 1, min(REPLAYED, len(observations))).round().astype(int)
-        return [
-            self._prepare(read_observation(observations[i], self._spec, field="observation")) for i in chosen.tolist()
-        ]
+            with contextlib.suppress(DamagedEpisode, OSError):  # or deleted meanwhile
+                reader = EpisodeReader(stored.path)
+                decisions += [(reader, index) for index in range(len(reader))]
+        observations = list[episode_pb2.Observation]()
+        for place in np.linspace(0, len(decisions) - 1, min(REPLAYED, len(decisions))).round().astype(int).tolist():
+            reader, index = decisions[place]
+            with contextlib.suppress(DamagedEpisode, OSError):
+                observations.append(reader.decision(index).observation)
+        return [self._prepare(read_observation(one, self._spec, field="observation")) for one in observations]
 
     def _offered(
         self, request: session_pb2.OfferCandidateRequest, accepted: bool, reason: str

@@ -63,7 +63,12 @@ class Sessions:
             raise CannotStart(f"the sessions in {str(folder)!r} cannot be read: {error}") from error
         for session in sorted(found, key=lambda session: session.charter.started_unix_ns):
             self._add(session)
-            self._catch_up(session)
+            try:
+                self._catch_up(session)
+            except OSError as error:
+                raise CannotStart(
+                    f"the episodes of session {session.charter.session_id!r} cannot be read: {error}"
+                ) from error
 
     @property
     def ids(self) -> list[str]:
@@ -75,6 +80,10 @@ class Sessions:
         """The session, which does not change in the block.  Raises UnknownSession."""
         with self._lock:
             yield self._find(session_id)
+
+    def check(self, session_id: str, *, field: str) -> None:
+        """Raises UnknownSession."""
+        self._find(session_id, field=field)
 
     def open_episodes(self, session_id: str) -> int:
         """How many of its episodes are open."""
@@ -207,9 +216,9 @@ class Sessions:
             with contextlib.suppress(Overloaded):  # then what it has yet to read stays
                 self._store.leave(session.charter.session_id)
 
-    def _find(self, session_id: str) -> Session:
+    def _find(self, session_id: str, *, field: str = "session_id") -> Session:
         if session_id not in self._sessions:
-            raise UnknownSession(f"there is no session {session_id!r} on this server", field="session_id")
+            raise UnknownSession(f"there is no session {session_id!r} on this server", field=field)
         return self._sessions[session_id]
 
     def _add(self, session: Session) -> None:
@@ -228,17 +237,19 @@ class Sessions:
         except Overloaded as error:  # it is stored: the next server counts it
             log.error("episode %s is not counted in its session yet: %s", begun.episode_id, error)
             return
-        try:
-            if on_trial:
-                self._judge(session)
-        except Overloaded as error:  # it is given after the next episode, or by the next server
-            log.error("a verdict of session %s waits: %s", session.charter.session_id, error)
+        if on_trial:
+            self._judge(session)
 
     def _judge(self, session: Session) -> None:
+        """Says the verdict that is due, if one is."""
         standing = session.standing
-        if standing is not None and standing.verdict != "open":
-            assert session.candidate is not None
+        if standing is None or standing.verdict == "open":
+            return
+        assert session.candidate is not None
+        try:
             self._happen(session, standing.verdict, "gate", session.candidate, standing.reason)
+        except Overloaded as error:  # it is given after the next episode, or by the next server
+            log.error("a verdict of session %s waits: %s", session.charter.session_id, error)
 
     def _happen(
         self,
@@ -303,7 +314,7 @@ class Sessions:
             if stored.session_id == session.charter.session_id and stored.episode_id not in session.episodes:
                 with contextlib.suppress(DamagedEpisode):  # the store says so
                     # Whether the server ended it as an error is not known any more.
-                    records = [] if stored.error else self._store.records(stored)
+                    records = [] if stored.error else list(self._store.records(stored))
                     # An older one is of a session of that name that is forgotten.
                     if records and records[0].start.started_unix_ns >= session.charter.started_unix_ns:
                         yield Episode.of(records, stored.path.name)

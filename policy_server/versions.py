@@ -69,6 +69,13 @@ class Versions(Generic[Weights]):
         """Whether weights() would not have to build it."""
         return version in self._held
 
+    def held(self, versions: Collection[int]) -> list[Weights] | None:
+        """Theirs, as long as none would have to be built."""
+        with self._changing:
+            if self._asleep or not self._held.keys() >= set(versions):
+                return None
+            return [self._held[version] for version in versions]
+
     def check(self, version: int, *, field: str = "version") -> int:
         """The version itself.  Raises UnknownVersion for one that is not there."""
         if version == FIRST_VERSION or (self._store is not None and self._store.find(version) is not None):
@@ -174,7 +181,9 @@ class Versions(Generic[Weights]):
     def _models_in_use(self) -> int:
         """Whole models that are live, or of open episodes."""
         needed = {self.live, *self._pinned()}
-        return sum(self._kind(version) == "full" for version in self._held if version in needed)
+        with self._changing:
+            held = needed & self._held.keys()
+        return sum(self._kind(version) == "full" for version in held)
 
     def _kind(self, version: int) -> Kind | None:
         record = self._store.find(version) if self._store is not None else None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -21,6 +22,8 @@ from protos import episode_pb2
 
 MAGIC = b"VLARLEP1"
 END = 0xFFFFFFFF
+FOOTER = struct.Struct("<III")
+READ_BYTES = 2**20
 SUFFIX = ".episode"
 PARTIAL_SUFFIX = ".episode.partial"
 
@@ -68,6 +71,8 @@ class EpisodeWriter:
         self.start = start
         self._partial = path.with_suffix(PARTIAL_SUFFIX)
         self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115 (closed by finish or discard)
+        self.bytes = 0
+        """written so far"""
         self._crc = 0
         self._records = 0
         self._write(MAGIC)
@@ -83,7 +88,7 @@ class EpisodeWriter:
     def finish(self, end: episode_pb2.EpisodeEnd) -> None:
         """Writes the end and the footer, syncs, renames: after this the episode survives a power cut."""
         self._append(episode_pb2.EpisodeRecord(end=end))
-        self._file.write(struct.pack("<III", END, self._records, self._crc))
+        write_whole(self._file, FOOTER.pack(END, self._records, self._crc))
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._partial, self.path)
@@ -103,6 +108,7 @@ class EpisodeWriter:
     def _write(self, data: bytes) -> None:
         write_whole(self._file, data)
         self._crc = zlib.crc32(data, self._crc)
+        self.bytes += len(data)
 
 
 class EpisodeReader:
@@ -162,12 +168,23 @@ def sync(path: Path) -> None:
 
 def read_episode(path: Path) -> Episode:
     """The whole episode at path.  Raises DamagedEpisode when the file is cut, altered or not an episode."""
-    return Episode.of(read_records(path), path.name)
+    with open(path, "rb") as file:
+        return Episode.of(list(_records(file, path.name, *_verified(file, path.name))), path.name)
 
 
-def read_records(path: Path) -> list[episode_pb2.EpisodeRecord]:
-    """The records at path as they were written.  Raises DamagedEpisode when the file is cut or altered."""
-    return list(_records(path, path.read_bytes()))
+def read_records(path: Path) -> Iterator[episode_pb2.EpisodeRecord]:
+    """The records at path as they were written, in memory one at a time.
+
+    The file is verified before the first.  Raises DamagedEpisode when it is cut or altered, and OSError.
+    """
+    file = open(path, "rb")  # noqa: SIM115 (closed with the last record)
+    try:
+        verified = _verified(file, path.name)
+        deque(_records(file, path.name, *verified), maxlen=0)
+    except BaseException:
+        file.close()
+        raise
+    return _read_to_the_end(file, _records(file, path.name, *verified))
 
 
 def read_start(path: Path) -> episode_pb2.EpisodeStart:
@@ -193,7 +210,7 @@ def _spans(path: Path) -> dict[str, list[tuple[int, int]]]:
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise DamagedEpisode(f"{path.name}: not an episode file")
-        position, footer = len(MAGIC), path.stat().st_size - 12
+        position, footer = len(MAGIC), path.stat().st_size - FOOTER.size
         while position < footer:
             file.seek(position)
             head = file.read(5)  # the length, and the tag of the one field that is set
@@ -206,28 +223,45 @@ def _spans(path: Path) -> dict[str, list[tuple[int, int]]]:
     return spans
 
 
-def _records(path: Path, data: bytes) -> Iterator[episode_pb2.EpisodeRecord]:
-    if not data.startswith(MAGIC):
-        raise DamagedEpisode(f"{path.name}: not an episode file (starts with {data[:8]!r}, expected {MAGIC!r})")
-    footer = len(data) - 12
+def _verified(file: BufferedReader, name: str) -> tuple[int, int]:
+    """Where the footer of a whole file begins, and how many records it says there are.  Raises DamagedEpisode."""
+    file.seek(0)
+    magic, size = file.read(len(MAGIC)), os.fstat(file.fileno()).st_size
+    if magic != MAGIC:
+        raise DamagedEpisode(f"{name}: not an episode file (starts with {magic!r}, expected {MAGIC!r})")
+    footer = size - FOOTER.size
     if footer < len(MAGIC):
-        raise DamagedEpisode(f"{path.name}: cut after {len(data)} bytes, there is no footer")
-    end, count, crc = struct.unpack_from("<III", data, footer)
-    if end != END or crc != zlib.crc32(memoryview(data)[:footer]):
-        raise DamagedEpisode(f"{path.name}: checksum does not match its {len(data)} bytes: cut or altered")
-    position, seen = len(MAGIC), 0
-    while position < footer:
-        begin = position + 4
-        end_of_record = begin + int.from_bytes(data[position:begin], "little")
-        if end_of_record > footer:
-            raise DamagedEpisode(f"{path.name}: record {seen} is cut: it runs past the footer")
+        raise DamagedEpisode(f"{name}: cut after {size} bytes, there is no footer")
+    found = zlib.crc32(magic)
+    while data := file.read(min(READ_BYTES, footer - file.tell())):
+        found = zlib.crc32(data, found)
+    end, count, crc = FOOTER.unpack(file.read(FOOTER.size))
+    if end != END or crc != found:
+        raise DamagedEpisode(f"{name}: checksum does not match its {size} bytes: cut or altered")
+    return footer, count
+
+
+def _records(file: BufferedReader, name: str, footer: int, count: int) -> Iterator[episode_pb2.EpisodeRecord]:
+    seen = 0
+    file.seek(len(MAGIC))
+    while (left := footer - file.tell()) > 0:
+        length = int.from_bytes(file.read(4), "little")
+        if length > left - 4:
+            raise DamagedEpisode(f"{name}: record {seen} is cut: it runs past the footer")
         try:
-            record = episode_pb2.EpisodeRecord.FromString(data[begin:end_of_record])
+            record = episode_pb2.EpisodeRecord.FromString(file.read(length))
         except DecodeError as error:
-            raise DamagedEpisode(f"{path.name}: record {seen} is not an EpisodeRecord: {error}") from error
+            raise DamagedEpisode(f"{name}: record {seen} is not an EpisodeRecord: {error}") from error
         if record.WhichOneof("record") is None:
-            raise DamagedEpisode(f"{path.name}: record {seen} is empty, or of a kind that this version does not know")
+            raise DamagedEpisode(f"{name}: record {seen} is empty, or of a kind that this version does not know")
         yield record
-        position, seen = end_of_record, seen + 1
+        seen += 1
     if seen != count:
-        raise DamagedEpisode(f"{path.name}: holds {seen} records, its footer says {count}")
+        raise DamagedEpisode(f"{name}: holds {seen} records, its footer says {count}")
+
+
+def _read_to_the_end(
+    file: BufferedReader, records: Iterator[episode_pb2.EpisodeRecord]
+) -> Iterator[episode_pb2.EpisodeRecord]:
+    with file:
+        yield from records

@@ -17,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 Filter = Literal["lanczos3", "bicubic"]
 FILTERS: tuple[str, ...] = get_args(Filter)
+EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+"""Pillow's modes whose conversion to RGB loses nothing but transparency: a depth image's would be cut off at 255."""
 
 LANCZOS_RADIUS = 3.0
 
@@ -56,8 +58,12 @@ def decode_png(data: bytes, *, size: tuple[int, int] | None = None) -> np.ndarra
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             _check_size("PNG", (image.height, image.width), size)
+            if image.mode not in EIGHT_BIT:
+                raise ImageError(f"PNG must have at most 8 bits a colour, got Pillow's mode {image.mode!r}")
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"data is not a readable PNG: {error}") from error
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from protos.machine import memory_gb
+
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id,memory.total", "--format=csv,noheader,nounits"]
 LISTING = ["nvidia-smi", "-L"]
 PATIENCE_S = 30.0
@@ -23,7 +25,6 @@ EGL_UUID = 0x335C
 """EGL_DEVICE_UUID_EXT, of EGL_EXT_device_persistent_id."""
 UUID_BYTES = 16
 DRM = Path("/sys/class/drm")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +77,6 @@ def find_machine() -> Machine:
     """The host that this runs on."""
     gpus = find_gpus()
     return Machine(memory_gb=memory_gb(), gpus=gpus, egl=find_egl(gpus))
-
-
-def memory_gb() -> float:
-    """What the machine has or, where that is less, what the container may use, GiB."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(total, total if limit == "max" else int(limit)) / 2**30
 
 
 def find_gpus() -> tuple[Gpu, ...]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import psutil
 
+from protos.machine import memory_gb
 from sim.pool import Retire
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ def resident_gb() -> float:
 
 
 def default_budget_gb(processes: int) -> float:
-    """A worker's share of this machine's memory, GiB."""
-    return MACHINE_SHARE * psutil.virtual_memory().total / 2**30 / processes
+    """A worker's share of the memory that there is, GiB."""
+    return MACHINE_SHARE * memory_gb() / processes
 
 
 class Scenes:

@@ -110,10 +110,15 @@ def load_config(folder: Path) -> VLAConfig:
             f"{folder}: {PREPROCESSOR}: tvf_normalize_params must have {len(config.towers)} entries,"
             f" got {len(statistics)}"
         )
-    towers = [
-        replace(tower, pixel_mean=tuple(one["mean"]), pixel_std=tuple(one["std"]))
-        for tower, one in zip(config.towers, statistics, strict=True)
-    ]
+    try:
+        towers = [
+            replace(tower, pixel_mean=tuple(one["mean"]), pixel_std=tuple(one["std"]))
+            for tower, one in zip(config.towers, statistics, strict=True)
+        ]
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: {PREPROCESSOR}: each of tvf_normalize_params must have mean and std"
+        ) from error
     return replace(config, towers=tuple(towers))
 
 

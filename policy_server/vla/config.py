@@ -179,6 +179,10 @@ class VLAConfig:
             raise ConfigError(
                 f"chunk_length must be >= 1 and state_dim >= 0, got {self.chunk_length}, {self.state_dim}"
             )
+        for key, statistics in self.norm_stats.items():
+            for part in ("action", "proprio")[: 1 + (self.state_dim > 0)]:
+                if missing := {"q01", "q99"} - statistics.get(part, {}).keys():
+                    raise ConfigError(f"norm_stats[{key!r}][{part!r}] must hold q01 and q99, without {sorted(missing)}")
         if not self.norm_stats or len({len(s["action"]["q01"]) for s in self.norm_stats.values()}) != 1:
             raise ConfigError("norm_stats must hold at least one data set, all with actions of the same dimension")
 
@@ -244,6 +248,15 @@ class VLAConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VLAConfig:
         """Parses the published format.  Raises ConfigError."""
+        try:
+            return cls._parsed(values)
+        except ConfigError:
+            raise
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"an entry is missing or of the wrong kind: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _parsed(cls, values: Mapping[str, Any]) -> VLAConfig:
         if values.get("model_type") != "openvla":
             raise ConfigError(f'model_type must be "openvla", got {values.get("model_type")!r}')
         names = tuple(values.get("timm_model_ids") or ())

@@ -48,7 +48,7 @@ def record(arms, client, folder, rollouts=None, **config):
 
 def comparable(path) -> list[episode_pb2.EpisodeRecord]:
     """Its records, less the two clocks and the final observation."""
-    records = read_records(path)
+    records = list(read_records(path))
     records[0].start.ClearField("started_unix_ns")
     records[-1].end.ClearField("ended_unix_ns")
     records[-1].end.ClearField("final_observation")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from protos import image
 
@@ -61,6 +64,30 @@ def test_bytes_that_are_no_image_are_refused(decode, data):
 def test_a_truncated_image_is_refused_or_complete(frame):
     with pytest.raises(image.ImageError, match="not a readable PNG"):
         image.decode_png(image.encode_png(frame)[:-200])
+
+
+SHORT = {kind: b"" for kind in (b"pHYs", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"fcTL")}
+BOMB = zlib.compress(bytes(2**26))
+
+
+@pytest.mark.parametrize("kind, data", [*SHORT.items(), (b"zTXt", b"k\0\0" + BOMB), (b"iCCP", b"k\0\0" + BOMB)])
+def test_a_png_with_a_bad_chunk_is_refused_or_read_as_it_is(frame, kind, data):
+    whole = image.encode_png(frame)
+    pixels = whole.index(b"IDAT") - 4
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    try:
+        read = image.decode_png(whole[:pixels] + chunk + whole[pixels:])
+    except image.ImageError as error:
+        assert "not a readable PNG" in str(error)
+    else:
+        assert np.array_equal(read, frame)
+
+
+def test_a_depth_image_is_no_frame(frame):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 5000, np.uint16)).save(buffer, "PNG")
+    with pytest.raises(image.ImageError, match="at most 8 bits a colour"):
+        image.decode_png(buffer.getvalue())
 
 
 def test_another_size_than_announced_is_refused(frame):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from policy_server.batcher import Batcher, DecodeRequest, Ticket
-from policy_server.errors import Overloaded, Superseded
+from policy_server.batcher import Batcher, DecodeAnswer, DecodeRequest, Ticket
+from policy_server.engine import Engine
+from policy_server.errors import InternalFault, NoNumber, Overloaded, Superseded
 
 
 def batcher(*, max_batch: int = 4, max_wait_ms: float = 1000, capacity: int = 8, episodes: int = 4) -> Batcher:
@@ -19,6 +21,17 @@ def batcher(*, max_batch: int = 4, max_wait_ms: float = 1000, capacity: int = 8,
         capacity=capacity,
         expected=lambda: episodes,
         together=lambda versions: all(version % 2 for version in versions),
+    )
+
+
+def answer(logprob: float = -0.5) -> DecodeAnswer:
+    return DecodeAnswer(
+        actions_KA=np.zeros((1, 2), np.float32),
+        token_ids_N=np.zeros(2, np.int32),
+        token_logprobs_N=np.full(2, logprob, np.float32),
+        vision_ms=0.0,
+        prefill_ms=0.0,
+        decode_ms=0.0,
     )
 
 
@@ -112,6 +125,35 @@ def test_a_request_in_the_model_cannot_be_withdrawn():
     queue.next_batch()
     assert not queue.withdraw(ticket, Superseded("newer"))
     assert not ticket.answer.done()
+
+
+def test_who_gives_up_waiting_takes_no_answer_from_the_model():
+    queue = batcher(episodes=2)
+    tickets = [put(queue), put(queue)]
+    batch = queue.next_batch()
+    assert not tickets[0].answer.cancel()
+    queue.resolve(batch, [answer(), answer()], started_s=time.monotonic())
+    assert all(ticket.answer.result(0) for ticket in tickets)
+
+
+def test_an_answer_that_is_no_number_is_refused_and_its_neighbours_is_not():
+    queue = batcher(episodes=2)
+    tickets = [put(queue, version=1), put(queue, version=3)]
+    queue.resolve(queue.next_batch(), [answer(float("nan")), answer()], started_s=time.monotonic())
+    with pytest.raises(NoNumber, match="version 1 does not compute"):
+        tickets[0].answer.result(0)
+    assert tickets[1].answer.result(0).version == 3
+
+
+def test_a_pass_with_too_few_answers_refuses_all_and_the_engine_goes_on():
+    queue = batcher(episodes=1)
+    engine = Engine(queue, lambda requests, lane: [answer()] * requests[0].seed, lanes=1, observe=lambda *_: None)
+    engine.start()
+    with pytest.raises(InternalFault):
+        put(queue, seed=0).answer.result(10)
+    assert put(queue, seed=1).answer.result(10)
+    queue.stop()
+    engine.join()
 
 
 def test_after_stop_what_is_queued_is_still_served_and_then_nothing():

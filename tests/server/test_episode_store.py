@@ -117,6 +117,37 @@ def test_an_episode_that_was_lost_on_the_way_to_its_number_does_not_come_back(tm
     assert EpisodeStore(tmp_path).counted_rollouts() == []
 
 
+def test_a_number_is_given_once_though_the_disk_fails_when_the_episode_bears_it_already(tmp_path, monkeypatch):
+    store = EpisodeStore(tmp_path)
+    writer = store.open(episode_pb2.EpisodeStart(episode_id="a", rollout_id="r/0"))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(episode_store, "sync", lambda path: os.stat("/nowhere"))
+        store.finish(writer, episode_pb2.EpisodeEnd())
+    writer.discard()
+    assert record(store, "b", rollout_id="r/1") == 2
+    told = store.beyond(2)
+    for _ in range(2):
+        assert [(one.sequence, one.episode_id) for one in store.after(0)] == [(2, "b")] and not told.done()
+        assert store.counted_rollouts() == ["r/1"]
+        store.close()
+        store = EpisodeStore(tmp_path)
+
+
+def test_what_crashes_left_unfinished_counts_and_goes_first(tmp_path):
+    for name in "ab":
+        store = EpisodeStore(tmp_path)
+        store.open(episode_pb2.EpisodeStart(episode_id=name)).executed([episode_pb2.Tick(reason="x" * 1000)])
+        record(store, f"whole-{name}", bytes_=1000)
+        store.close()
+    os.utime(tmp_path / "set_aside" / "a.episode.partial", (0, 0))
+    EpisodeStore(tmp_path).close()
+    assert len(list((tmp_path / "set_aside").iterdir())) == 2
+    EpisodeStore(tmp_path, keep_bytes=3500).close()
+    assert [path.name for path in (tmp_path / "set_aside").iterdir()] == ["b.episode.partial"]
+    EpisodeStore(tmp_path, keep_bytes=2500).close()
+    assert list((tmp_path / "set_aside").iterdir()) == [] and len(names(tmp_path)) == 2
+
+
 def test_a_reader_is_told_when_there_is_something_after_its_cursor(tmp_path):
     store = EpisodeStore(tmp_path)
     first, second, gone = store.beyond(0), store.beyond(1), store.beyond(0)
@@ -134,7 +165,7 @@ def test_an_episode_that_is_deleted_while_a_reader_is_about_to_read_it_is_not_da
     record(store, "a")
     (about_to_read,) = store.after(0)
     record(store, "b")
-    assert store.records(about_to_read) == [] and list((tmp_path / "set_aside").iterdir()) == []
+    assert list(store.records(about_to_read)) == [] and list((tmp_path / "set_aside").iterdir()) == []
 
 
 def test_an_episode_that_somebody_deleted_by_hand_is_reported(tmp_path):
@@ -157,7 +188,7 @@ def test_a_fault_that_may_pass_sets_no_episode_aside(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many"):
         patch.setattr(episode_store, "read_records", too_many_files)
         store.records(stored)
-    assert len(store.records(stored)) == 2
+    assert len(list(store.records(stored))) == 2
 
 
 @pytest.mark.parametrize("lost", ["00000001-a.episode", "b.episode"])

@@ -39,7 +39,13 @@ def value(server: RunningServer, name: str, **labels: str) -> float | None:
 
 def outcomes(server: RunningServer) -> dict[str, int]:
     """Of act requests, those that there were."""
-    return {outcome: count for outcome, count in server.server.metrics.outcomes.items() if count}
+    families = server.server.metrics.registry.collect()
+    (requests,) = (family for family in families if family.name == "vla_rl_requests")
+    return {
+        sample.labels["outcome"]: int(sample.value)
+        for sample in requests.samples
+        if sample.name.endswith("_total") and sample.labels["call"] == "act" and sample.value
+    }
 
 
 def robots(server: RunningServer) -> dict[tuple[str, str], float]:

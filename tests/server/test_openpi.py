@@ -19,7 +19,7 @@ from aiohttp import web
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from policy_server import openpi
+from policy_server import episodes, openpi
 from policy_server.access import Access, Guard
 from policy_server.config import ServeConfig
 from policy_server.errors import CannotStart
@@ -258,6 +258,15 @@ def test_after_a_long_silence_the_next_observation_begins_another_episode(tmp_pa
         eventually(lambda: stored(tmp_path))
         assert robot.infer(look(grey=2))["actions"].tolist() == [[2, 0]] * CHUNK
     assert [len(episode.decisions) for episode in stored(tmp_path)] == [1, 1]
+
+
+def test_when_an_episode_is_full_the_next_observation_begins_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(episodes, "MAX_EPISODE_BYTES", 1000)
+    with serving(FakeModel(), openpi_port=0, episodes=tmp_path) as server, Robot(address(server)) as robot:
+        for grey in range(8):
+            assert robot.infer(look(grey=grey))["actions"].tolist()[0][0] == grey
+    parts = [len(episode.decisions) for episode in stored(tmp_path)]
+    assert sum(parts) == 8 and len(parts) > 2 and min(parts[:-1]) > 1
 
 
 def test_a_newer_observation_supersedes_a_queued_one_and_answers_keep_their_order():

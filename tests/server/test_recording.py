@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from policy_server import episode_store, service
+from policy_server import episode_store, episodes, service
 from policy_server.episode_store import EpisodeStore
 from policy_server.observation import read_observation
 from protos import episode_pb2, policy_pb2_grpc, rollout_pb2
@@ -119,6 +119,20 @@ def test_retries_and_refusals_leave_no_trace(server, tmp_path):
     (episode,) = whole(tmp_path)
     assert [decision.decision for decision in episode.decisions] == [0, 1]
     assert [(tick.decision, tick.index) for tick in episode.ticks] == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_a_full_episode_takes_no_more_decisions_and_ends_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(episodes, "MAX_EPISODE_BYTES", 1000)
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        episode_id = server.policy.StartEpisode(messages.start()).episode_id
+        with pytest.raises(grpc.RpcError) as refused:
+            for decision in range(20):
+                server.policy.Act(messages.act(episode_id, decision))
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "the episode is full" in refused.value.details() and decision > 1
+        assert server.policy.EndEpisode(messages.end(episode_id)).sequence == 1
+    (path,) = tmp_path.glob("*.episode")
+    assert len(read_episode(path).decisions) == decision
 
 
 def test_a_silent_episode_is_closed_as_an_error(tmp_path):

@@ -227,6 +227,22 @@ def test_a_verdict_that_a_kill_kept_back_is_given_after_the_restart(lab):
     assert lab.whats() == ["offer", "roll back"]
 
 
+def test_a_verdict_that_the_disk_refuses_stops_no_server_and_is_given_by_the_next(lab, monkeypatch):
+    offer(lab)
+    log = lab.folder / "sessions" / "s.jsonl"
+    while lab.message().HasField("candidate_version"):
+        lab.play(CANDIDATE, FAILURE)
+        lab.play(LIVE, SUCCESS)
+    log.write_bytes(log.read_bytes()[: log.read_bytes().index(b'{"what": "roll back"')])
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *how, **more: FullDisk(opened(path, *how, **more)))
+        lab.restart()
+        assert lab.whats() == ["offer"]
+    lab.restart()
+    assert lab.whats() == ["offer", "roll back"]
+
+
 @pytest.mark.parametrize("kept", [1, 20])
 def test_a_line_that_a_kill_cut_is_dropped_and_the_log_goes_on(lab, kept):
     lab.play(LIVE, SUCCESS)

@@ -17,7 +17,7 @@ from protos import admin_pb2_grpc, episode_pb2, rollout_pb2, session_pb2, sessio
 from tests.server import messages
 from tests.server.fake_admin import FakeWeights
 from tests.server.publishing import LORA, publication
-from tests.server.running import RunningServer, serving
+from tests.server.running import RunningServer, eventually, serving
 
 ADAPTER = {"kind": LORA, "adapter_config": "{}"}
 
@@ -155,6 +155,20 @@ def test_no_robot_sees_a_candidate_that_answers_otherwise(server, sessions, admi
     assert [event.what for event in session.log] == ["refuse"] and reason in session.log[0].reason
 
 
+def test_an_offer_that_is_given_up_costs_no_robot_its_answer(server, sessions, admin):
+    begun(sessions)
+    play(server)
+    passes = len(server.model.batches)
+    server.model.gate.clear()
+    offer = sessions.OfferCandidate.future(published(admin, b"near"), timeout=10)
+    eventually(lambda: len(server.model.batches) > passes)
+    offer.cancel()
+    time.sleep(0.1)  # for the server to hear of it
+    server.model.gate.set()
+    play(server)
+    assert not server.server.waiting
+
+
 def test_an_offer_needs_an_episode_the_right_fingerprint_and_an_adapter(server, sessions, admin):
     begun(sessions)
     offer = published(admin, b"near")
@@ -244,6 +258,13 @@ def test_practice_for_a_session_is_leased_like_any_other_work(server, sessions):
     play(server, lease_id=lease.lease_id)
     [start] = episodes(server, session_id="s", run="s")
     assert (start.rollout_id, start.temperature) == ("s/0/0", 0.5)
+
+
+def test_practice_for_a_session_that_is_not_there_is_refused_when_it_is_asked_for(server):
+    rollout = messages.rollout("s/0/0", session_id="t", temperature=0.0)
+    request = rollout_pb2.EnqueueRolloutsRequest(rollouts=[rollout])
+    refused = refusal(lambda: server.rollouts.EnqueueRollouts(request, timeout=10))
+    assert refused.code() == grpc.StatusCode.NOT_FOUND and "there is no session 't'" in refused.details()
 
 
 @pytest.mark.parametrize(

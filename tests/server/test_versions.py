@@ -257,3 +257,14 @@ def test_without_a_folder_versions_last_as_long_as_the_server():
     assert folder.is_dir()
     server.store.close()
     assert not folder.parent.exists()
+
+
+def test_what_is_held_is_given_together_without_building_and_never_asleep(server):
+    for name in "abcd":
+        server.publish(name)
+    builds = server.build.built.total()
+    assert server.versions.held({0, 4}) is not None and server.versions.held({0, 1}) is None
+    server.versions.sleep(lambda: None)
+    assert server.versions.held({0, 4}) is None
+    server.versions.wake(lambda: None)
+    assert sorted(server.versions.held({0, 4})) == ["d", "the base"] and server.build.built.total() == builds

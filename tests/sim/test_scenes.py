@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from protos import machine
 from sim.pool import Retire
-from sim.scenes import SCENE_GB, Scenes
+from sim.scenes import SCENE_GB, Scenes, default_budget_gb
 
 
 class FakeProcess:
@@ -78,3 +79,10 @@ def test_resident_memory_is_this_processs():
     """Of one of its own: here, others come and go in the memory."""
     grown_gb = float(subprocess.run([sys.executable, "-c", GROWS], check=True, capture_output=True, text=True).stdout)
     assert 0.15 < grown_gb < 0.4
+
+
+def test_the_default_budget_is_of_what_a_container_may_use(monkeypatch, tmp_path):
+    whole = default_budget_gb(1)
+    (tmp_path / "memory.max").write_text(str(2**30))
+    monkeypatch.setattr(machine, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert default_budget_gb(2) == 0.25 < whole

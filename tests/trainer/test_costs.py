@@ -53,7 +53,7 @@ SCHEDULE = Schedule(
     iterations=5, rollouts=10, warm_up=2, evaluations=3, evaluated=10, ticks=80.0, chunk=8, tasks=2, overlap=False
 )
 PHASES = Phases(collect_s=60.0, learn_s=30.0, warm_learn_s=12.0, publish_s=2.0, evaluate_s=100.0, start_s=7.0)
-STATISTICS = {"x": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
+STATISTICS = {"x": {name: {"q01": [-1.0] * 7, "q99": [1.0] * 7} for name in ("action", "proprio")}}
 
 
 def openvla_7b() -> VLAConfig:

@@ -91,6 +91,21 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_config(d, text_config={"num_key_value_heads": 8}),
         "num_key_value_heads must be 32, got 8",
     ),
+    "no quantiles": (
+        lambda d: edit_config(d, norm_stats={"x": {"action": {"mean": [0.0]}, "proprio": {"q01": [], "q99": []}}}),
+        r"norm_stats\['x'\]\['action'\] must hold q01 and q99",
+    ),
+    "no statistics of the state": (
+        lambda d: edit_config(d, norm_stats={"x": {"action": {"q01": [0.0], "q99": [1.0]}}}),
+        r"norm_stats\['x'\]\['proprio'\] must hold q01 and q99",
+    ),
+    "a list of statistics": (lambda d: edit_config(d, norm_stats=[1]), "of the wrong kind"),
+    "no patches": (lambda d: edit_config(d, patch_merge=0), "of the wrong kind"),
+    "a number as text": (lambda d: edit_config(d, chunk_length="8"), "of the wrong kind"),
+    "no mean": (
+        lambda d: (d / "preprocessor_config.json").write_text('{"tvf_normalize_params": [{"std": [1, 1, 1]}]}'),
+        "must have mean and std",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"junk"), "not a readable safetensors file"),
     "missing tensor": (lambda d: edit_weights(d, lambda t: t.pop(HEAD)), rf"tensor {HEAD} is missing"),
