@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -27,8 +28,9 @@ class ActStream:
         self._address = address
         self._lock = threading.Lock()
         self._waiting: dict[Key, Future[policy_pb2.ActReply]] = {}
+        self._unsent: dict[Key, bytes] = {}
         self._call: grpc.Call | None = None
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._outbox: SimpleQueue[Key | None] = SimpleQueue()
 
     def ask(self, key: Key, request: bytes) -> Future[policy_pb2.ActReply]:
         """The reply to come.  Fails with a PolicyError when the stream breaks."""
@@ -38,7 +40,8 @@ class ActStream:
                 self._open()
             replaced = self._waiting.pop(key, None)
             self._waiting[key] = future
-            self._outbox.put(request)
+            self._unsent[key] = request
+            self._outbox.put(key)
         if replaced is not None:
             _fail(replaced, Superseded("asked again with a newer observation"))
         return future
@@ -53,10 +56,22 @@ class ActStream:
 
     def _open(self) -> None:
         self._outbox = SimpleQueue()
-        self._call = self._open_stream(iter(self._outbox.get, None))
+        self._call = self._open_stream(self._requests(self._outbox))
         threading.Thread(target=self._read, args=(self._call, self._outbox), name="act-stream", daemon=True).start()
 
-    def _read(self, call, outbox: SimpleQueue[bytes | None]) -> None:
+    def _requests(self, outbox: SimpleQueue[Key | None]) -> Iterator[bytes]:
+        """What is sent, as fast as the network takes it: of a decision the newest request, while somebody waits."""
+        while (key := outbox.get()) is not None:
+            with self._lock:
+                if outbox is not self._outbox:
+                    return  # what waits now goes out over a newer stream
+                request, future = self._unsent.pop(key, None), self._waiting.get(key)
+                if future is not None and future.cancelled():
+                    del self._waiting[key]
+            if request is not None and future is not None and not future.cancelled():
+                yield request
+
+    def _read(self, call, outbox: SimpleQueue[Key | None]) -> None:
         try:
             for reply in call:
                 with self._lock:
@@ -70,6 +85,7 @@ class ActStream:
             outbox.put(None)  # lets go the thread that gRPC sends from
             lost = list(self._waiting.values())
             self._waiting.clear()
+            self._unsent.clear()
             if self._call is call:
                 self._call = None
         for future in lost:

@@ -128,8 +128,11 @@ class Arm(Protocol):
 
     def observe(self) -> Observation: ...
 
-    def apply(self, action_A: np.ndarray) -> np.ndarray:
-        """Executes one action for one tick; returns float32 (A,) what was really sent, in the same units."""
+    def apply(self, action_A: np.ndarray) -> np.ndarray | None:
+        """Executes one action for one tick; returns float32 (A,) what was really sent, in the same units.
+
+        None when nothing was: state() then says why, and a hold follows.
+        """
         ...
 
     def hold(self) -> np.ndarray:

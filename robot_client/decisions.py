@@ -14,7 +14,7 @@ from robot_client.answer import Answer
 from robot_client.arm import Observation
 from robot_client.backoff import BackOff
 from robot_client.client import Client
-from robot_client.errors import DeadlineExceeded, PolicyError, Superseded
+from robot_client.errors import DeadlineExceeded, PolicyError, Superseded, TooLong
 
 
 class Decisions:
@@ -22,15 +22,17 @@ class Decisions:
 
     deadline_s: for one try.
     give_up_after_s: with no answer for so long after a first failure, the failure is raised; a rest is not counted.
+    most_ticks: that one request may carry; 0 for any number.
     """
 
-    def __init__(self, client: Client, *, deadline_s: float, give_up_after_s: float):
+    def __init__(self, client: Client, *, deadline_s: float, give_up_after_s: float, most_ticks: int = 0):
         self.episode_id = ""
         self.answer_s: list[float] = []
         self.trouble = ""
         self._client = client
         self._deadline_s = deadline_s
         self._give_up_after_s = give_up_after_s
+        self._most_ticks = most_ticks
         self._backoff = BackOff()
         self._observation: Observation | None = None
         self._pending: Future[Answer] | None = None
@@ -70,7 +72,10 @@ class Decisions:
         return self._unreported
 
     def executed(self, tick: episode_pb2.Tick) -> None:
+        """Raises TooLong when the server takes no more without a decision in between."""
         self._unreported.append(tick)
+        if len(self._unreported) == self._most_ticks:
+            raise TooLong(f"{self._most_ticks} ticks without a decision, the most that a request may report")
 
     def ask(self, observation: Observation) -> None:
         """Sends the observation for the next decision."""

@@ -98,7 +98,7 @@ class Episode:
         self._observers = observers
         self._pilot = pilot
         self._wish, self._wished_tick = NOTHING, -1
-        self._held_up = ""
+        self._held_up = self._late = ""
         self._lockstep = arm.spec.lockstep
         self._latency_ticks = config.latency_ticks
         self._measures_latency = config.ahead_ticks is None
@@ -126,6 +126,7 @@ class Episode:
             client,
             deadline_s=client.deadline_s if self._lockstep else min(client.deadline_s, config.max_age_s),
             give_up_after_s=client.give_up_after_s,
+            most_ticks=spec.message.max_request_ticks,
         )
 
     @property
@@ -179,10 +180,11 @@ class Episode:
                 return
             if not self._lockstep or self._answer_is_due:
                 self._take_in(self._decisions.poll())
-            if not (self._policy_may_act or self._person_may_ask):
-                self._decisions.rest()
-            elif self._decision_is_due and self._decisions.may_ask:
+            may_ask = self._policy_may_act or self._person_may_ask
+            if may_ask and self._decision_is_due and self._decisions.may_ask:
                 self._ask()
+            elif not self._policy_may_act:
+                self._decisions.rest()
 
     def move(self) -> None:
         """Executes the action that is due, or holds."""
@@ -194,10 +196,12 @@ class Episode:
             else:
                 tick = self._follow()
             self._ticks += 1
-            self._held_up = tick.reason if tick.source == episode_pb2.SOURCE_HOLD and self._policy_is_kept_out else ""
-            self._decisions.executed(tick)
+            self._held_up = ""
+            if tick.source == episode_pb2.SOURCE_HOLD:
+                self._held_up = tick.reason if self._policy_is_kept_out else self._late
             for observer in self._observers:
                 observer.on_tick(self._state, tick)
+            self._decisions.executed(tick)
 
     def stop(self, message: str) -> None:
         """Ends the episode from outside, as an error."""
@@ -211,11 +215,12 @@ class Episode:
             if not self._lockstep:
                 self.arm.hold()
             if self.ending.outcome != "error":
+                if not self.arm.state().blind:  # before anything that takes time, in which a person may tidy up
+                    seen = self.arm.observe()
+                    final = self._spec.read_of(seen, self.arm.spec)
+                    for observer in self._observers:
+                        observer.on_final_observation(seen)
                 self._decisions.settle()
-                seen = self.arm.observe()
-                final = self._spec.read_of(seen, self.arm.spec)
-                for observer in self._observers:
-                    observer.on_final_observation(seen)
         if self._opened.episode_id:
             with self._ending_on_error():
                 self._close(self.ending, final)
@@ -251,14 +256,12 @@ class Episode:
 
     @property
     def _person_may_ask(self) -> bool:
-        """A person drives: what is seen is asked about for the record, once, as nobody waits for the answer."""
-        return self._wish.action_A is not None and not (
-            self._state.trouble or self._state.blind or self._wish.stopped or self._decisions.trouble
-        )
+        """A person drives: what is seen is asked about for the record; nobody waits for the answer."""
+        return self._wish.action_A is not None and not (self._state.trouble or self._state.blind or self._wish.stopped)
 
     @property
     def _decision_is_due(self) -> bool:
-        """The policy needs one, or a person has driven for a chunk's length since the last."""
+        """The policy needs one, or a person has driven for a chunk's length since one was last asked for."""
         if self._wish.action_A is None:
             return self._chunks.wants_observation
         return self._ticks >= self._asked_tick + self._chunks.horizon
@@ -302,7 +305,7 @@ class Episode:
             self._decisions.rest()
             return
         self._chunks.looked(observation.capture_time_ns)
-        if not self._decisions.open:
+        if not self._decisions.open or self._wish.action_A is not None:
             self._asked_tick = self._ticks
         self._decisions.ask(self._spec.read_of(observation, self.arm.spec))
         for observer in self._observers:
@@ -310,14 +313,19 @@ class Episode:
 
     def _follow(self) -> episode_pb2.Tick:
         """The policy's action, or a hold."""
-        planned = self._chunks.next()
-        verdict = self._gate.admit(planned, self._state, time.monotonic_ns())
+        planned, now_ns = self._chunks.next(), time.monotonic_ns()
+        verdict = self._gate.admit(planned, self._state, now_ns)
+        if planned is not None:
+            self._late = self._gate.lateness(planned, now_ns)
         if verdict.action_A is None or planned is None:
             return self._hold(verdict.reason)
+        sent_A = self.arm.apply(verdict.action_A)
+        if sent_A is None:
+            return self._hold(self.arm.state().trouble)
         tick = episode_pb2.Tick(
             decision=planned.decision,
             index=planned.index,
-            action=self.arm.apply(verdict.action_A).tolist(),
+            action=sent_A.tolist(),
             source=episode_pb2.SOURCE_BLEND if planned.blended else episode_pb2.SOURCE_POLICY,
             reason=verdict.reason,
         )
@@ -333,11 +341,14 @@ class Episode:
         verdict = self._gate.admit_person(action_A, self._state)
         if verdict.action_A is None:
             return self._hold(verdict.reason)
+        sent_A = self.arm.apply(verdict.action_A)
+        if sent_A is None:
+            return self._hold(self.arm.state().trouble)
         decision, index = self._chunks.since_decision
         tick = episode_pb2.Tick(
             decision=decision,
             index=index,
-            action=self.arm.apply(verdict.action_A).tolist(),
+            action=sent_A.tolist(),
             source=episode_pb2.SOURCE_HUMAN,
             reason=verdict.reason,
         )

@@ -14,6 +14,7 @@ RobotError
     ├── BadRequest        the request is at fault, or its episode is unknown: repeating it is useless
     ├── NotAdmitted       the server wants a token, another one, or one of another role
     ├── TlsMismatch       the two sides cannot agree on TLS: a certificate is not good, or only one side speaks it
+    ├── TooLong           more ticks without a decision than the server takes in a request
     ├── BadAnswer         the answer breaks the contract: the server is at fault, the arm must not follow it
     ├── Superseded        a newer observation of the same episode took its place
     ├── Overloaded        the server's queue is full; says when to try again
@@ -93,6 +94,10 @@ class NotAdmitted(PolicyError):
 
 class TlsMismatch(PolicyError):
     """The two sides cannot agree on TLS; the message says why, and what to do."""
+
+
+class TooLong(PolicyError):
+    """More ticks without a decision than the server takes in a request."""
 
 
 class BadAnswer(PolicyError):

@@ -190,6 +190,8 @@ def selected(config: Export, paths: list[Path], refused: Counter[str]) -> Iterat
             refused["damaged"] += 1
             logger.warning("left out: %s", error)
             continue
+        except OSError as error:
+            raise CannotExport(f"{path} cannot be read: {error.strerror}") from error
         purpose = episode_pb2.Purpose.Name(episode.start.purpose)
         outcome = episode_pb2.Outcome.Name(episode.end.outcome)
         frames = frames_of(episode)

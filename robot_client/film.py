@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from robot_client.arm import Observation
 from robot_client.observer import Observer
 from robot_client.rollout import EpisodeResult, Rollout
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".gif", ".png", ".webp")
 
@@ -35,6 +38,9 @@ class Film(Observer):
 
     def on_end(self, result: EpisodeResult) -> None:
         if self._frames:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             first, *rest = self._frames
-            first.save(self._path, save_all=True, append_images=rest, duration=self._frame_ms, loop=0)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                first.save(self._path, save_all=True, append_images=rest, duration=self._frame_ms, loop=0)
+            except OSError as error:
+                log.error("no film, the episode counts all the same: %s", error)

@@ -73,3 +73,12 @@ def rotation_vector(rotation_33: np.ndarray) -> np.ndarray:
     if length < 1e-12:
         return np.zeros(3)
     return 2 * np.arctan2(length, abs(w)) * np.copysign(1.0, w) / length * axis
+
+
+def same_turn_near(rotation_vector_3: np.ndarray, near_3: np.ndarray) -> np.ndarray:
+    """(3,): of a rotation vector and the one that turns the other way round to the same end, the nearer to near_3."""
+    angle = float(np.linalg.norm(rotation_vector_3))
+    if angle < 1e-9:
+        return rotation_vector_3
+    other_3 = rotation_vector_3 * (1 - 2 * np.pi / angle)
+    return min(rotation_vector_3, other_3, key=lambda turn_3: float(np.linalg.norm(turn_3 - near_3)))

@@ -22,7 +22,7 @@ from robot_client.cadence import CadenceReport
 from robot_client.camera import Camera
 from robot_client.errors import ArmError, BadProfile, CameraError, RobotError
 from robot_client.hardware import Hardware
-from robot_client.pose import Pose
+from robot_client.pose import Pose, same_turn_near
 from robot_client.profile import Profile, read_profile
 from robot_client.servo import Status
 from robot_client.servo_process import ServoLink
@@ -30,6 +30,8 @@ from robot_client.servo_process import ServoLink
 log = logging.getLogger(__name__)
 
 POLL_S = 0.02
+DOWNWARDS_RAD = np.array([np.pi, 0.0, 0.0])
+"""How LIBERO tells the turn of a gripper that points down, as it does when an episode begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class RealArm:
         self._servo = ServoLink(make, profile.hardware, profile.motion, tick_s=self._tick_s)
         self._instruction = ""
         self._tick = 0
+        self._turn_rad = DOWNWARDS_RAD
         try:
             self._status = self._servo.status()
             require_angles(profile, len(self._status.reading.joints_J))
@@ -106,7 +109,7 @@ class RealArm:
 
     def reset(self, task: Task) -> None:
         """Goes home, slowly, and waits for the cameras.  A fault of the robot is left to a person: recover()."""
-        self._instruction, self._tick = task.instruction, 0
+        self._instruction, self._tick, self._turn_rad = task.instruction, 0, DOWNWARDS_RAD
         self._read()
         self._wait_for_frames()
         if self._dry_run:
@@ -142,9 +145,9 @@ class RealArm:
             capture_time_ns=min((frame.capture_time_ns for frame in frames.values()), default=time.monotonic_ns()),
         )
 
-    def apply(self, action_A: np.ndarray) -> np.ndarray:
-        self._tick += 1
+    def apply(self, action_A: np.ndarray) -> np.ndarray | None:
         if self._dry_run:
+            self._tick += 1
             log.info("dry run: would apply %s", np.array2string(action_A, precision=3))
             return self._still_A()
         scale = self._profile.scale
@@ -153,7 +156,8 @@ class RealArm:
         change_6 = np.concatenate([to_base @ action_A[:3] * scale.metres, to_base @ action_A[3:6] * scale.radians])
         gripper = self._profile.gripper.decided(float(action_A[6]), before=self._gripper)
         if self._command(self._servo.go, change_6, self._profile.gripper.told(gripper), self._expires_s).trouble:
-            return self._still_A()  # it came in between, and nothing was sent
+            return None  # it came in between, and nothing was sent
+        self._tick += 1
         self._gripper = gripper
         return np.append(action_A[:6], gripper).astype(np.float32)
 
@@ -210,7 +214,9 @@ class RealArm:
         )
         fingers = [finger_m, -finger_m]
         joints_J = status.reading.joints_J
-        return np.concatenate([eef.position_m, eef.rotation_vector_rad, fingers, joints_J]).astype(np.float32)
+        # Beyond pi it goes on, as LIBERO's does: a gripper that points down would jump between two signs.
+        self._turn_rad = same_turn_near(eef.rotation_vector_rad, self._turn_rad)
+        return np.concatenate([eef.position_m, self._turn_rad, fingers, joints_J]).astype(np.float32)
 
     def _still_A(self) -> np.ndarray:
         return np.array([0.0] * 6 + [self._gripper], np.float32)

@@ -88,6 +88,15 @@ class SafetyGate:
         self._identical = self._identical + 1 if capture_time_ns == self._last_capture_ns else 1
         self._last_capture_ns = capture_time_ns
 
+    def lateness(self, planned: Planned, now_ns: int) -> str:
+        """Why an action is not of now, which is not the policy's doing; empty when it is."""
+        age_s = (now_ns - planned.capture_time_ns) / 1e9
+        if self.max_age_s and age_s > self.max_age_s:
+            return f"observation too old: {age_s:.2f} s, limit {self.max_age_s:g} s"
+        if self.max_age_s and age_s < -FUTURE_S:
+            return f"observation from the future: {-age_s:.2f} s, limit {FUTURE_S:g} s"
+        return ""
+
     def admit(self, planned: Planned | None, state: ArmState, now_ns: int) -> Verdict:
         """The action to apply, or a hold, and why.  state is the arm's now."""
         reason = self._reason_to_hold(planned, state, now_ns)
@@ -118,12 +127,7 @@ class SafetyGate:
         foreign_A = (action_A < self._policy_low_A) | (action_A > self._policy_high_A)
         if foreign_A.any():
             return f"outside the policy's own range: {self._name_first(foreign_A, action_A)}"
-        age_s = (now_ns - planned.capture_time_ns) / 1e9
-        if self.max_age_s and age_s > self.max_age_s:
-            return f"observation too old: {age_s:.2f} s, limit {self.max_age_s:g} s"
-        if self.max_age_s and age_s < -FUTURE_S:
-            return f"observation from the future: {-age_s:.2f} s, limit {FUTURE_S:g} s"
-        return ""
+        return self.lateness(planned, now_ns)
 
     def _clip(self, action_A: np.ndarray, state: ArmState) -> Verdict:
         clipped_A, reasons = action_A, []

@@ -199,6 +199,7 @@ class Servo:
         self.release()
         self._hardware.recover()
         self._reading, self._trouble = self._hardware.read(), ""
+        self._opening = None  # where the gripper is now, nobody knows
 
     def step(self) -> None:
         """One period: reads the robot, and gives it its next set point."""
@@ -271,5 +272,5 @@ class Servo:
 
     def _grip(self, opening: float) -> None:
         if opening != self._opening:
-            self._opening = opening
             self._hardware.grip(opening)
+            self._opening = opening

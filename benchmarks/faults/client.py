@@ -187,7 +187,7 @@ def _drive(
 class ToldArm(RealArm):
     tell: Teller
 
-    def apply(self, action_A: np.ndarray) -> np.ndarray:
+    def apply(self, action_A: np.ndarray) -> np.ndarray | None:
         sent_A = super().apply(action_A)
         self.tell("move")
         return sent_A

@@ -194,6 +194,8 @@ class _Hand:
         self._asked = opening
 
     def recover(self) -> None:
+        """Stays as it is until it is asked for something again."""
+        self._asked = self._sent = None
         self.fault = ""
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +82,16 @@ class ReplayArm:
 
     def state(self) -> ArmState:
         over = self._tick >= len(self._episode.ticks)
-        return ArmState(tick=self._tick, state_S=self._observation().state_S, outcome="success" if over else None)
+        return ArmState(tick=self._tick, state_S=_state_S(self._seen), outcome="success" if over else None)
 
     def observe(self) -> Observation:
-        return replace(self._observation(), capture_time_ns=time.monotonic_ns())
+        seen = self._seen
+        return Observation(
+            images={name: codec.decode_image(image, name) for name, image in seen.images.items()},
+            state_S=_state_S(seen),
+            instruction=seen.instruction,
+            capture_time_ns=time.monotonic_ns(),
+        )
 
     def apply(self, action_A: np.ndarray) -> np.ndarray:
         if self._tick < len(self._episode.ticks):
@@ -122,17 +128,15 @@ class ReplayArm:
         if self._tick == len(self._episode.ticks) and self._differences_TA:
             logger.info("%s", self.deviation())
 
-    def _observation(self) -> Observation:
-        """Of the latest decision whose actions are counted from this tick, or from one before it."""
+    @property
+    def _seen(self) -> episode_pb2.Observation:
+        """That of the latest decision whose actions are counted from this tick, or from one before it."""
         d = int(np.searchsorted(self._due_ticks, self._tick, side="right")) - 1
-        message = self._episode.decisions[d].observation
-        state = codec.decode_tensor(message.state, "state") if message.state.data else np.zeros(0, np.float32)
-        return Observation(
-            images={name: codec.decode_image(image, name) for name, image in message.images.items()},
-            state_S=state,
-            instruction=message.instruction,
-            capture_time_ns=message.capture_time_ns,
-        )
+        return self._episode.decisions[d].observation
+
+
+def _state_S(seen: episode_pb2.Observation) -> np.ndarray:
+    return codec.decode_tensor(seen.state, "state") if seen.state.data else np.zeros(0, np.float32)
 
 
 def due_ticks(episode: Episode) -> list[int]:

@@ -288,6 +288,12 @@ def test_actions_that_differ_in_length_are_refused_by_name(episodes, out):
         write_dataset(Export(episodes=(episodes,), out=out))
 
 
+def test_an_episode_that_cannot_be_read_is_named_and_not_the_output(tmp_path, out):
+    (tmp_path / "in" / "a.episode").mkdir(parents=True)
+    with pytest.raises(CannotExport, match=r"a.episode cannot be read: Is a directory"):
+        export(Export(episodes=(tmp_path / "in",), out=out))
+
+
 def test_an_fps_need_not_be_a_whole_number(episodes, out):
     write(episodes, "e", [[tick(d, k, 0.1) for k in range(8)] for d in range(2)])
     write_dataset(Export(episodes=(episodes,), out=out))

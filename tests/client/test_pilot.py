@@ -57,11 +57,22 @@ def test_while_a_person_drives_what_is_seen_is_asked_about_once_a_chunk(client, 
     assert (result.human, result.decisions, result.outcome) == (10, 4, "failure")
 
 
-def test_what_is_asked_for_the_record_alone_is_not_asked_again(client, policy):
-    policy.script[1] = [Refuse(grpc.StatusCode.UNAVAILABLE)] * 2
-    _, result = run_one(client, lambda tick: Wish(action_A=LEFT if 2 <= tick < 8 else None))
-    assert len(policy.only_episode.requests) == 4, "decision 1: once in the takeover, twice after it"
-    assert (result.human, result.ticks, result.decisions, result.outcome) == (6, 12, 2, "failure")
+def test_a_request_that_fails_while_a_person_drives_costs_a_chunks_picture_and_no_more(client, policy):
+    policy.script[1] = [Refuse(grpc.StatusCode.UNAVAILABLE)]
+    arm = FakeArm(spec_of(lockstep=False))
+    pilot = Script(arm, lambda tick: Wish(action_A=LEFT))
+    [result] = run(arm, [rollout_of(max_ticks=24)], client, pilot=pilot)
+    assert (result.human, result.decisions, result.outcome) == (24, 5, "failure")
+    assert sorted(policy.only_episode.answers) == [0, 1, 2, 3, 4]
+
+
+def test_while_a_person_drives_a_server_that_stays_away_ends_nothing(server, policy):
+    policy.script[1] = [Refuse(grpc.StatusCode.UNAVAILABLE)] * 4
+    arm = FakeArm(spec_of(lockstep=False))
+    pilot = Script(arm, lambda tick: Wish(action_A=LEFT))
+    with PolicyClient(server.address, give_up_after_s=0.3) as client:
+        [result] = run(arm, [rollout_of(max_ticks=40)], client, pilot=pilot)
+    assert (result.human, result.outcome) == (40, "failure") and result.decisions > 2
 
 
 def test_a_person_is_clipped_like_a_policy(client, policy):

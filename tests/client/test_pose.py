@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robot_client.pose import Pose, rotation, rotation_vector
+from robot_client.pose import Pose, rotation, rotation_vector, same_turn_near
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,11 @@ def test_the_change_to_a_pose_leads_there():
     arrived = here.moved(here.change_to(there))
     np.testing.assert_allclose(arrived.position_m, there.position_m, atol=1e-12)
     np.testing.assert_allclose(arrived.rotation, there.rotation, atol=1e-12)
+
+
+def test_a_turn_is_told_the_way_round_that_is_near():
+    turn = np.array([3.0, 0.1, 0.0])
+    other = same_turn_near(turn, -turn)
+    np.testing.assert_allclose(rotation(other), rotation(turn), atol=1e-12)
+    assert np.dot(other, turn) < 0 and np.array_equal(same_turn_near(turn, turn), turn)
+    assert np.array_equal(same_turn_near(np.zeros(3), turn), np.zeros(3))

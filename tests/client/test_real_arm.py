@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from robot_client import cameras
 from robot_client.arm import STATE_NAMES
 from robot_client.camera import Camera
 from robot_client.errors import ArmError, BadProfile, RobotError
+from robot_client.pose import Pose
 from robot_client.profile import Box, Frame, Gripper, Home, Profile, Scale
 from robot_client.real_arm import RealArm, RealArmConfig, arm_spec
 from robot_client.servo import MotionLimits
@@ -166,7 +169,7 @@ def test_what_a_servo_in_trouble_did_not_take_was_not_sent(arm):
     forward = np.array([1, 0, 0, 0, 0, 0, 0], np.float32)
     np.testing.assert_array_equal(arm.apply(forward), forward)
     time.sleep(0.3)  # the command expires
-    np.testing.assert_array_equal(arm.apply(forward), [0, 0, 0, 0, 0, 0, 0])
+    assert arm.apply(forward) is None and arm.state().tick == 1
     assert "no word from the client" in arm.state().trouble
     arm.hold()
     np.testing.assert_array_equal(arm.apply(forward), forward)
@@ -306,3 +309,17 @@ def test_a_dry_run_reads_everything_and_moves_nothing():
     np.testing.assert_array_equal(arm.state().state_S[:3], HOME.position_m.astype(np.float32))
     assert arm.observe().images["agentview"].any()
     arm.close()
+
+
+def test_a_gripper_that_points_down_reads_as_in_the_simulator_on_both_sides_of_pi():
+    """robosuite's quat2axisangle goes through pi; MuJoCo's quaternions keep their sign on the way."""
+    arm = arm_of()
+    hardware_turn = partial(np.multiply, [1.0, 1e-3, 0.0])
+    arm.reset(TASK)
+    status, told = arm._read(), []
+    for angle in [*np.linspace(2.9, 3.4, 21), *np.linspace(3.4, 2.9, 21)]:
+        reading = replace(status.reading, pose=Pose.of((0.5, 0.0, 0.3), hardware_turn(angle)))
+        told.append(arm._state_S(replace(status, reading=reading))[3:6])
+    arm.close()
+    np.testing.assert_allclose([turn[0] for turn in told][:21], np.linspace(2.9, 3.4, 21), atol=1e-5)
+    assert np.abs(np.diff(told, axis=0)).max() < 0.03

@@ -241,6 +241,57 @@ def test_time_that_runs_out_while_the_arm_is_held_is_no_failure_of_the_policy(cl
     assert reason in result.message
 
 
+def test_a_server_too_slow_to_be_obeyed_is_no_failure_of_the_policy(client, policy):
+    policy.script |= {decision: [Delay(0.3)] * 20 for decision in range(20)}
+    for max_ticks in (40, 45, 50):
+        result = run_one(real_arm(), client, max_ticks=max_ticks, max_age_s=0.2)
+        assert (result.outcome, result.holds) == ("error", max_ticks)
+        assert result.message.startswith("time ran out while the arm was held: ")
+
+
+def test_an_action_that_the_arm_did_not_take_is_a_hold_that_says_why(client, policy):
+    arm, watch, refused = real_arm(), Ticks(), []
+    take = arm.apply
+
+    def apply(action_A):
+        if refused or len(watch.ticks) < 20:
+            return take(action_A)
+        arm.trouble = "no word from the client"
+        refused.append(len(watch.ticks))
+        return None
+
+    arm.apply = apply
+    result = run_one(arm, client, watch, max_ticks=40)
+    ticks = policy.only_episode.ticks
+    held = ticks[refused[0]]
+    assert (held.source, held.reason) == (HOLD, "no word from the client") and result.ticks == 40
+    executed = [(tick.decision, tick.index) for tick in ticks if tick.source == POLICY]
+    assert len(set(executed)) == len(executed) == len(arm.applied)
+
+
+def test_the_last_frame_is_of_the_moment_when_the_episode_was_over(client, policy):
+    """The answer to the last decision takes long, and the scene is another by then."""
+    policy.script[1] = [Delay(0.5)]
+    result = run_one(real_arm(), client, max_ticks=10)
+    seen_s = (policy.only_episode.end.final_observation.capture_time_ns - time.monotonic_ns()) / 1e9
+    assert result.outcome == "failure" and seen_s < -0.2
+
+
+def test_blind_there_is_no_last_frame(client, policy):
+    arm = real_arm()
+    run_one(arm, client, Ticks({18: lambda: setattr(arm, "blind", "camera front: lost")}), max_ticks=20)
+    assert not policy.only_episode.end.HasField("final_observation")
+
+
+def test_more_ticks_than_a_request_may_report_end_the_episode_and_are_reported(client, policy):
+    policy.spec.max_request_ticks = 30
+    arm = real_arm()
+    arm.blind = "camera front: lost"
+    result = run_one(arm, client, max_ticks=100)
+    assert (result.outcome, result.ticks) == ("error", 30) and "TooLong: 30 ticks without a decision" in result.message
+    assert len(policy.only_episode.ticks) == 30
+
+
 @pytest.mark.parametrize(
     "trouble", [[LoseReply()], [Refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", retry_after_ms=100)]]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from robot_client.errors import ArmError
 from robot_client.servo import SMOOTHING_TICKS, MotionLimits, Servo, SetPoint
 from tests.client.fake_hardware import HOME, JOINTS, FakeHardware
 
@@ -267,6 +268,21 @@ def test_going_home_stops_at_a_hold(ring):
     ring.servo.hold()
     ring.run(0.1)
     assert ring.hardware.log[-1] == "stop" and not ring.servo.status.moving
+
+
+def test_after_a_recovery_and_after_a_failure_the_gripper_is_told_again():
+    hardware = FakeHardware()
+    servo = Servo(hardware, MotionLimits(), tick_s=TICK_S, clock_s=lambda: 0.0)
+    servo.go(np.zeros(6), 1.0, 1.0)
+    servo.recover()
+    servo.go(np.zeros(6), 1.0, 1.0)
+    assert hardware.log.count("grip 1") == 2
+    grip, hardware.grip = hardware.grip, lambda opening: (_ for _ in ()).throw(ArmError("jammed"))
+    with pytest.raises(ArmError, match="jammed"):
+        servo.go(np.zeros(6), 0.0, 1.0)
+    hardware.grip = grip
+    servo.go(np.zeros(6), 0.0, 1.0)
+    assert hardware.log[-1] == "grip 0"
 
 
 def test_the_gripper_is_told_only_what_is_new(ring):
