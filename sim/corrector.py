@@ -4,6 +4,8 @@ not done in time.
 
 from __future__ import annotations
 
+import functools
+import logging
 import random
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ from robot_client.rollout import Rollout
 from sim.expert import Expert
 from sim.expert_tasks import recipe_for
 from sim.libero_arm import LiberoArm
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,16 @@ class Correction:
             raise ValueError(f"after_ticks must not be negative, got {self.after_ticks}")
 
     def pilot(self, arm: Arm, rollout: Rollout) -> Corrector | None:
-        """Of an episode that is to begin on a simulated arm; None: nobody watches, as always in evaluations.
-
-        Raises ValueError for a task without an expert.
-        """
+        """Of an episode that is to begin on a simulated arm; None: nobody watches, as always in evaluations, and
+        where the task has no expert, which is logged once."""
         assert isinstance(arm, LiberoArm)
         if rollout.purpose != "train" or random.random() >= self.share:
             return None
-        return Corrector(arm, after_ticks=self.after_ticks)
+        try:
+            return Corrector(arm, after_ticks=self.after_ticks)
+        except ValueError as error:
+            _log_once(str(error))
+            return None
 
 
 class Corrector:
@@ -55,3 +61,8 @@ class Corrector:
         if self._arm.state().tick < self._after_ticks:  # asked, an arm puts its own episode in the scene
             return Wish()
         return Wish(action_A=self._expert.action().astype(np.float32))
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    log.warning("%s: nobody corrects", text)

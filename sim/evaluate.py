@@ -255,9 +255,15 @@ def main(config: EvaluateConfig) -> int:
     """Evaluates, prints and saves; see exit_code."""
     config = replace(config, out=config.out or default_folder(config))
     assert config.out is not None
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)  # hours before it is needed
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder, or one that can be made, got {config.out}: {error.strerror}"
+        ) from error
     report = evaluate(config)
-    report.save(config.out)
     print(report.table())
+    report.save(config.out)
     print(f"saved in {config.out}")
     return exit_code(report, max_error_share=config.max_error_share)
 

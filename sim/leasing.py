@@ -16,7 +16,7 @@ import tyro
 from protos.channel import Credentials, dial
 from robot_client.client import PolicyClient
 from robot_client.drivers import run_lockstep
-from robot_client.errors import PolicyError
+from robot_client.errors import PolicyError, RobotError
 from robot_client.leases import Lease, Leases, worker_name
 from robot_client.rollout import Rollout
 from sim import assets
@@ -120,11 +120,14 @@ def _man_post(
         progress("build")
         try:
             arms = arms_on(scenes, lease.rollout.task, client, config.slots)
-        except ValueError as error:
-            leases.give_back(lease.lease_id, str(error))
-        else:
             _run_leases(config, client, leases, arms, lease, progress)
-            scenes.require_budget()
+        except PolicyError as error:  # of the server's, not of the work
+            logger.warning("given back: %s", error)
+            leases.give_back(lease.lease_id)
+        except (ValueError, RobotError) as error:  # no such task here, or a policy that does not fit
+            logger.warning("given back: %s", error)
+            leases.give_back(lease.lease_id, str(error))
+        scenes.require_budget()
     yield
 
 

@@ -124,6 +124,7 @@ class Recorder:
                 driver.look(observation)
             label = self._expert.action()
             sent = self._arm.apply(driver.action(label).astype(np.float32))
+            assert sent is not None, "a simulated arm takes every action"
             recent.append(tick_record(decision, index, sent, label, driver.source))
             index, ticks = index + 1, ticks + 1
             allowance -= driver.source == episode_pb2.SOURCE_EXPERT

@@ -108,7 +108,6 @@ class Learner:
         self._client, self._arm = client, arm
         self._policy = client.spec()
         self._policy.require_fit(arm)
-        self._state_indices = [arm.state_names.index(name) for name in self._policy.state_names]
         self._episode_id, self._decision = "", 0
         self._chunk: Iterator[np.ndarray] = iter(())
         self._remaining = 0
@@ -130,13 +129,7 @@ class Learner:
 
     def look(self, observation: Observation) -> None:
         """See Driver."""
-        images = {name: observation.images[name] for name in self._policy.image_names}
-        seen = Observation(
-            images=images,
-            state_S=observation.state_S[self._state_indices],
-            instruction=observation.instruction,
-            capture_time_ns=observation.capture_time_ns,
-        )
+        seen = self._policy.read_of(observation, self._arm)
         actions_KA = self._client.act(self._episode_id, self._decision, seen).actions_KA
         self._decision += 1
         self._chunk, self._remaining = iter(actions_KA), len(actions_KA)

@@ -11,23 +11,26 @@ from PIL import Image
 
 
 class VideoError(RuntimeError):
-    """The encoder failed; the message is its own."""
+    """There is no video; the message says why, in the encoder's or the system's words."""
 
 
 def write_mp4(path: Path, frames_HW3: Sequence[np.ndarray], *, frames_per_s: int) -> None:
     """uint8 (H, W, 3) frames as H.264.  An odd row or column is cut off.  Raises VideoError."""
     import imageio_ffmpeg  # only where a video is written
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames_HW3[0].shape[:2]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(frames_per_s), "-i", "-"]
     target = ["-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p"]
     # A plain subprocess: imageio's own writer forks with a preexec_fn, which breaks beside gRPC's threads.
-    encoder = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target, str(path)],
-        input=b"".join(frame.tobytes() for frame in frames_HW3),
-        capture_output=True,
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encoder = subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target, str(path)],
+            input=b"".join(frame.tobytes() for frame in frames_HW3),
+            capture_output=True,
+        )
+    except (OSError, RuntimeError) as error:  # the latter: there is no encoder
+        raise VideoError(f"{path.name}: {error}") from error
     if encoder.returncode:
         raise VideoError(f"{path.name}: ffmpeg ended with {encoder.returncode}: {encoder.stderr.decode().strip()}")
 

@@ -77,6 +77,17 @@ def test_a_share_of_the_episodes_is_corrected(lift) -> None:
     assert 120 < sum(corrected) < 280, "six standard deviations"
 
 
+def test_a_task_without_an_expert_is_corrected_by_nobody_which_is_said_once(lift, monkeypatch, caplog) -> None:
+    def none(task):
+        raise ValueError(f"no expert for {task.id}")
+
+    monkeypatch.setattr("sim.corrector.recipe_for", none)
+    arm = LiberoArm(scene=lift, image_sizes={})
+    goal = SimulatedTask(name="robosuite/0", instruction="lift the cube", initial_state="seed:0", max_ticks=1)
+    pilots = [Correction(share=1.0).pilot(arm, Rollout(task=goal, purpose="train")) for _ in range(3)]
+    assert pilots == [None] * 3 and caplog.text.count("no expert for robosuite/0") == 1
+
+
 @pytest.mark.parametrize("fields", [{"share": 1.1}, {"share": -0.1}, {"after_ticks": -1}])
 def test_what_makes_no_sense_is_refused(fields) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):

@@ -6,7 +6,7 @@ import pytest
 
 from robot_client.arm import Task
 from robot_client.rollout import Rollout
-from sim.evaluate import EvaluateConfig, episode_seed, exit_code, plan, record_of, states_note, watch
+from sim.evaluate import EvaluateConfig, episode_seed, exit_code, main, plan, record_of, states_note, watch
 from sim.job_queue import Finished
 from sim.report import EpisodeRecord
 from sim.suites import find_suite
@@ -124,3 +124,9 @@ def test_a_config_that_makes_no_sense_is_refused(change):
     (name, got), *_ = change.items()
     with pytest.raises(ValueError, match=f"{name} .*{got}"):
         config(**change)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out must be a folder, or one that can be made, got .*Not a directory"):
+        main(EvaluateConfig(server="127.0.0.1:1", suite="robosuite", protocol="fresh", out=tmp_path / "file" / "out"))

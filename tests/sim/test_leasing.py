@@ -88,6 +88,19 @@ def test_work_that_cannot_be_run_is_set_aside_and_the_rest_goes_on(tmp_path: Pat
     assert "99" in aside[no_task.rollout_id][0] and "'17'" in aside[no_state.rollout_id][0]
 
 
+def test_work_for_a_policy_that_does_not_fit_is_set_aside_and_the_worker_lives(tmp_path: Path) -> None:
+    model = WanderingModel()
+    model.spec.tick_rate_hz = 7.0
+    with serving(model, episodes=tmp_path, max_batch=8) as server, worker(server) as child:
+        server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts(1)))
+        eventually(lambda: simulator(child), within_s=60)
+        (process,) = simulator(child)
+        eventually(lambda: len(status(server).set_aside) == 1, within_s=200)
+        (aside,) = status(server).set_aside
+        assert simulator(child) == [process]
+    assert len(aside.errors) == 3 and "this policy cannot drive this arm" in aside.errors[0]
+
+
 def test_a_worker_in_a_shifted_world_says_so_in_its_episodes(tmp_path: Path) -> None:
     with serving(WanderingModel(), episodes=tmp_path, max_batch=8) as server, worker(server, "--shift", "camera"):
         server.rollouts.EnqueueRollouts(rollout_pb2.EnqueueRolloutsRequest(rollouts=rollouts(1)))

@@ -42,3 +42,9 @@ def test_a_gif_stays_below_its_limit(tmp_path):
     assert (tmp_path / "clip.gif").stat().st_size <= 60_000
     with Image.open(tmp_path / "clip.gif") as picture:
         assert 4 <= picture.n_frames < 32
+
+
+def test_a_folder_that_cannot_be_made_is_no_video_and_no_crash(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VideoError, match=r"a.mp4: .*exists"):
+        write_mp4(tmp_path / "file" / "a.mp4", [np.zeros((4, 4, 3), np.uint8)], frames_per_s=10)
