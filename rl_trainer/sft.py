@@ -106,6 +106,8 @@ class SftConfig:
         for name in ("batch_size", "accumulate", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.ranks > 1 and self.device != "cpu":
+            raise ValueError(f"ranks must be 1 on {self.device}, which all would share, got {self.ranks}")
         if not 0 <= self.ema < 1 or not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"ema and validation_fraction must be in [0, 1), got {self.ema}, {self.validation_fraction}"

@@ -226,7 +226,10 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_exit_code_0(
 
 def test_a_dimension_that_never_moves_keeps_hard_targets(tmp_path: Path, tiny_vla: Path) -> None:
     config = VLAConfig.from_json(tiny_vla / "config.json")
-    statistics = {"action": {"q01": [-1.0, 0.0, -1.0], "q99": [1.0, 0.0, 1.0], "mask": [True, True, False]}}
+    statistics = {
+        "action": {"q01": [-1.0, 0.0, -1.0], "q99": [1.0, 0.0, 1.0], "mask": [True, True, False]},
+        "proprio": {"q01": [], "q99": []},
+    }
     config = replace(config, norm_stats={"tiny": statistics}, chunk_length=2)
     objective = _objective(SftConfig(data=(), out=tmp_path, steps=1, unnorm_key="tiny", gripper_weight=3.0), config)
     assert objective.smooth_N.tolist() == [True, False, False] * 2
@@ -266,3 +269,8 @@ def test_a_run_with_a_teacher_learns_from_failures_and_a_teacher_of_other_chunks
     assert len(losses(tmp_path / "taught")) == 4
     with pytest.raises(ValueError, match=r"the teacher's chunks have 2 actions of 7 numbers, .* trained has 8 of 7"):
         sft(config(lost, tmp_path / "other", "nano", teacher=str(tiny_vla), unnorm_key="tiny"))
+
+
+def test_ranks_that_would_share_a_gpu_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ranks must be 1 on cuda, which all would share, got 2"):
+        SftConfig(data=(), out=tmp_path, steps=1, device="cuda", ranks=2)
