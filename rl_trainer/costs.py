@@ -321,10 +321,11 @@ def decision_bytes(config: VLAConfig) -> int:
 
 
 def batch_bytes(config: VLAConfig, decisions: int, *, kept_width: int = 0) -> int:
-    """An iteration's observations in the leader: as they came, as the model reads them, and, where they are kept, their
-    image tokens, in numbers of kept_width bytes."""
+    """An iteration's observations in the leader: as they came, as the model reads them, what the policy was found to
+    make of them, and, where they are kept, their image tokens, in numbers of kept_width bytes."""
     tokens = config.num_image_tokens * config.llm.hidden_size * kept_width
-    return decisions * (decision_bytes(config) + 3 * config.image_size**2 + tokens)
+    logits = 4 * config.action_tokens * config.n_action_bins
+    return decisions * (decision_bytes(config) + 3 * config.image_size**2 + logits + tokens)
 
 
 def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule, averaged: bool = False) -> int:

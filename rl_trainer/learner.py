@@ -6,7 +6,7 @@ cost next to nothing, and go on where the policy's divergence stops the policy. 
 with the same trajectories, computes its part, and ends with the same weights.
 
 Lessons that are given beside the trajectories are cloned in the policy's own steps, and stop where those stop.  They
-need no critic: while it warms up, and where there are no trajectories, the policy learns from them alone.
+need no critic: where there are no trajectories, the policy learns from them alone.
 
 Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = K*A action tokens.
 """
@@ -47,7 +47,7 @@ LOOK_BATCH = 64
 """Decisions of one pass without gradients."""
 MEASURES = {
     "critic": ("value_loss",),
-    "policy": ("policy_loss", "ratio", "approx_kl", "clip_fraction", "reference_kl"),
+    "policy": ("policy_loss", "ratio", "update_kl", "clip_fraction", "reference_kl"),
 }
 """Who learns, and what adds up for it over the parts of a minibatch."""
 
@@ -80,7 +80,7 @@ class LearnerConfig:
     critic_weight: float = 0.5
     """of that value loss beside the policy's"""
     warm_up: int = 6
-    """first iterations, in which trajectories teach the critic alone"""
+    """first iterations with trajectories, which teach the critic alone"""
     epochs: int = 2
     minibatch: int = 256
     """decisions of one optimiser step, over all ranks"""
@@ -91,8 +91,8 @@ class LearnerConfig:
     keep_images: bool = True
     """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
     target_kl: float = 0.1
-    """no further step in this iteration once a minibatch's divergence from the policy that the iteration found exceeds
-    it; 0: never"""
+    """no further step in this iteration once a minibatch's divergence from the policy that the iteration found, nats an
+    action in the mean, exceeds it; 0: never"""
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     normalise: bool = True
@@ -138,6 +138,8 @@ class Opinion:
     entropy_BN: torch.Tensor
     hidden_BD: torch.Tensor
     """float32: where a critic that shares the backbone reads"""
+    logits_BNV: torch.Tensor
+    """float32, detached"""
     divergence_BN: torch.Tensor | None = None
     """from the reference policy, where one was given"""
 
@@ -152,6 +154,7 @@ class Looked:
     after_E: np.ndarray
     """value of what each trajectory was cut before; 0 where its task ended"""
     policy: Opinion
+    """without logits while the critic warms up: nobody asks how far the policy moves"""
     reference_nNV: torch.Tensor | None
     """logits of the reference policy"""
 
@@ -269,8 +272,9 @@ class Learner:
         mask, temperature = torch.zeros(ids.shape, dtype=torch.bool), torch.ones(len(ids))
         mask[:n], temperature[:n] = batch.mask_nN, batch.temperature_n
         logprobs, entropy = torch.zeros(ids.shape), torch.zeros(ids.shape)
-        reference = self.reference
-        apart = torch.zeros(*ids.shape, self.model.config.n_action_bins if reference is not None else 0)
+        reference, bins = self.reference, self.model.config.n_action_bins
+        found = torch.zeros(*ids.shape, 0 if self.warming_up else bins)
+        apart = torch.zeros(*ids.shape, bins if reference is not None else 0)
         values, hidden = torch.zeros(len(ids)), torch.zeros(len(ids), self.model.config.llm.hidden_size)
         mine = np.arange(len(ids))[self.ranks.part(len(ids))]
         self.model.eval()
@@ -280,10 +284,12 @@ class Learner:
                 policy = self._opinion(seen, *asked)
                 logprobs[rows], entropy[rows] = policy.logprobs_BN.cpu(), policy.entropy_BN.cpu()
                 hidden[rows], values[rows] = policy.hidden_BD.cpu(), self._values(seen, policy.hidden_BD).cpu()
+                if not self.warming_up:
+                    found[rows] = policy.logits_BNV.cpu()
                 if reference is not None:
                     seen = replace(seen, image_tokens_BCD=None)  # it has a tower of its own
                     apart[rows] = reference(seen, ids[rows].to(self.model.device)).logits_BNV.float().cpu()
-        for tensor in (values, logprobs, entropy, hidden, apart):
+        for tensor in (values, logprobs, entropy, hidden, found, apart):
             self.ranks.sum(tensor)
         after_E = np.zeros(len(trajectories))
         after_E[[trajectory.after is not None for trajectory in trajectories]] = values[n:].numpy()
@@ -291,7 +297,9 @@ class Learner:
             prompts=prompts,
             values_n=values[:n].double().numpy(),
             after_E=after_E,
-            policy=Opinion(logprobs_BN=logprobs[:n], entropy_BN=entropy[:n], hidden_BD=hidden[:n]),
+            policy=Opinion(
+                logprobs_BN=logprobs[:n], entropy_BN=entropy[:n], hidden_BD=hidden[:n], logits_BNV=found[:n]
+            ),
             reference_nNV=None if reference is None else apart[:n],
         )
 
@@ -330,8 +338,6 @@ class Learner:
             metrics["learning_rate"] = self.learning_rate
             who = ("policy", "critic") if gae and self.config.critic_gradient else ("policy",)
             metrics |= self._epochs(who, *work, tutor)
-        elif tutor:
-            metrics |= self._clone(tutor)
         return metrics | {"optimiser_steps": float(self.steps)} | _measured_before(batch, looked, target_n, version)
 
     def _clone(self, tutor: Tutor) -> dict[str, float]:
@@ -366,7 +372,7 @@ class Learner:
         for step, rows in enumerate(order):
             taught = tutor.gradient(step) if tutor else {}
             metrics = taught | self._gradient(who, batch, looked, rows, advantage_n, target_n)
-            stopped = 0 < config.target_kl < metrics.get("approx_kl", 0)
+            stopped = 0 < config.target_kl < metrics.get("update_kl", 0)
             metrics |= {} if stopped else self._step(who)
             for name, value in metrics.items():
                 measured[name].append(value)
@@ -420,6 +426,8 @@ class Learner:
         asked = (batch.token_ids_nN[part], batch.temperature_n[part], batch.mask_nN[part])
         reference_BNV = None if looked.reference_nNV is None else looked.reference_nNV[part]
         policy = self._opinion(looked.prompts(part), *asked, reference_BNV)
+        found_BNV = looked.policy.logits_BNV[part].to(device)
+        moved_BN = token_divergence(found_BNV, policy.logits_BNV, *(tensor.to(device) for tensor in asked[1:]))
         loss = ppo_loss(
             policy.logprobs_BN,
             batch.behaviour_nN[part].to(device),
@@ -429,6 +437,7 @@ class Learner:
             counts=counts,
             action_dim=self.model.config.action_dim,
             found_BN=looked.policy.logprobs_BN[part].to(device),
+            moved_BN=moved_BN,
             entropy_BN=policy.entropy_BN,
             divergence_BN=policy.divergence_BN,
         )
@@ -473,6 +482,7 @@ class Learner:
             logprobs_BN=logprobs_BN,
             entropy_BN=token_entropy(measured_BNV, temperature_B, mask_BN),
             hidden_BD=scores.hidden_BD.float(),
+            logits_BNV=logits_BNV.detach().float(),
             divergence_BN=divergence_BN,
         )
 

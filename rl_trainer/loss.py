@@ -91,11 +91,11 @@ def token_entropy(logits_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN
 
 
 def token_divergence(
-    logits_BNV: torch.Tensor, reference_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
+    logits_BNV: torch.Tensor, other_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor
 ) -> torch.Tensor:
-    """float32 (B, N) in nats: KL(now | reference) of the distributions that token_logprobs() reads."""
-    now_BNV, reference_BNV = (_log_softmax(logits, temperature_B, mask_BN) for logits in (logits_BNV, reference_BNV))
-    return (now_BNV.exp() * (now_BNV - reference_BNV)).sum(-1)
+    """float32 (B, N) in nats: KL(this | other) of the distributions that token_logprobs() reads; 0 where masked."""
+    this_BNV, other_BNV = (_log_softmax(logits, temperature_B, mask_BN) for logits in (logits_BNV, other_BNV))
+    return (this_BNV.exp() * (this_BNV - other_BNV)).sum(-1)
 
 
 def _log_softmax(logits_BNV: torch.Tensor, temperature_B: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
@@ -114,15 +114,17 @@ def ppo_loss(
     counts: Counts,
     action_dim: int,
     found_BN: torch.Tensor | None = None,
+    moved_BN: torch.Tensor | None = None,
     entropy_BN: torch.Tensor | None = None,
     divergence_BN: torch.Tensor | None = None,
 ) -> Loss:
     """The clipped surrogate (Schulman et al., 2017), with its entropy and reference terms where those are given.
 
     behaviour_BN: log-probabilities recorded when the tokens were sampled.  Every unit of a decision has its advantage.
-    found_BN: those of the policy as the update found it, which approx_kl is from; none given: behaviour_BN.
-    With behaviour_cap ratios are to them: the surrogate is then the decoupled one (Hilton et al., 2021, Batch
-    size-invariance for policy optimization), with importance weights that are cut off.
+    found_BN: those of the policy as the update found it; none given: behaviour_BN.  With behaviour_cap ratios are to
+    them: the surrogate is then the decoupled one (Hilton et al., 2021, Batch size-invariance for policy optimization),
+    with importance weights that are cut off.
+    moved_BN: token_divergence() of that policy from the one that is learned; measured alone.
     divergence_BN: token_divergence() from the reference policy.
     """
     width, units = (action_dim, counts.ticks) if config.ratio == "action" else (1, counts.tokens)
@@ -133,8 +135,8 @@ def ppo_loss(
 
     scored_BU = mask_BN.unflatten(1, (-1, width)).any(-1)
     weighted_BU = advantage_B[:, None].expand(scored_BU.shape)
-    old_BN, found_BN = behaviour_BN, behaviour_BN if found_BN is None else found_BN
-    if config.behaviour_cap:
+    old_BN = behaviour_BN
+    if config.behaviour_cap and found_BN is not None:
         old_BN = found_BN
         weighted_BU = weighted_BU * log_ratio(found_BN, behaviour_BN).exp().clamp(max=config.behaviour_cap)
     log_ratio_BU = log_ratio(logprobs_BN, old_BN)
@@ -146,9 +148,10 @@ def ppo_loss(
     metrics = {
         "policy_loss": total,
         "ratio": _mean(ratio_BU, scored_BU, units),
-        "approx_kl": _mean(divergence_estimate(log_ratio(logprobs_BN, found_BN)), scored_BU, units),
         "clip_fraction": _mean((clipped_BU < free_BU).float(), scored_BU, units),
     }
+    if moved_BN is not None:  # summed over the tokens of a unit: by the chain rule that of the action, as it was played
+        metrics["update_kl"] = _mean(moved_BN.unflatten(1, (-1, width)).sum(-1), scored_BU, units)
     if entropy_BN is not None:
         metrics["entropy"] = _mean(entropy_BN, mask_BN, counts.tokens)
         total = total - config.entropy_weight * metrics["entropy"]

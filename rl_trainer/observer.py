@@ -53,7 +53,7 @@ class Printer(Observer):
         self._split = split
 
     def on_iteration(self, row: Row) -> None:
-        moved = f"ratio {row['ratio']:.3f}  kl {row['approx_kl']:.4f}" if "ratio" in row else "critic alone"
+        moved = f"ratio {row['ratio']:.3f}  kl {row['update_kl']:.4f}" if "ratio" in row else "critic alone"
         self.on_note(
             f"iteration {row['step']}  success {total([row], 'train')}  {moved}  entropy {row['entropy']:.3f}  "
             f"explained {row['explained_variance']:.2f}  gap {row['logprob_gap']:.1e}  version "

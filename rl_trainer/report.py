@@ -91,7 +91,7 @@ def panels(rows: Sequence[Row]) -> dict[str, Draw]:
     return {
         "time of each phase": stacked(rows, phases, ylabel="seconds", xlabel="iteration"),
         **({"curriculum: share of each task in the practice": curriculum} if tasks else {}),
-        "divergence": lines(rows, {"approx_kl": "KL", "clip_fraction": "share of ratios clipped"}, xlabel="iteration"),
+        "divergence": lines(rows, {"update_kl": "KL", "clip_fraction": "share of ratios clipped"}, xlabel="iteration"),
         "entropy, nats a token": lines(rows, ["entropy"], legend=False, xlabel="iteration"),
         "log-probabilities, server against learner: largest gap": _gap(rows),
         "critic": lines(rows, {"value": "mean value", "explained_variance": "explained variance"}, xlabel="iteration"),

@@ -199,7 +199,7 @@ class SessionRun:
                 del state.pool[number], self._trajectories[number]
         state.counts["updates"] += 1
         self.curve.add(state.counts["updates"], **metrics, **self._spent())
-        if self.learner.steps > steps:  # while the critic warms up, and nothing can be imitated, the policy is the same
+        if self.learner.steps > steps:  # while the critic warms up the policy is the same
             state.version = UNNAMED
         self._save()
 

@@ -28,7 +28,7 @@ LEAST = 10
 """The first point of a curve is of so many."""
 LEARNER = {
     "KL of a token": {"reference_kl": "from the base", "staleness_kl": "from those who played"},
-    "KL of an action in an update": {"approx_kl": "KL"},
+    "KL of an action in an update": {"update_kl": "KL"},
     "negative log-likelihood of a token": {"success_nll": "successes", "intervention_nll": "interventions"},
     "lessons, decisions": {"success_lessons": "successes", "intervention_lessons": "interventions"},
     "critic": {"value": "mean value", "explained_variance": "explained variance"},

@@ -27,7 +27,7 @@ def iteration(step: int, outcomes: Mapping[str, str], *, collect_s: float = 90.0
     row = {
         "step": step,
         "success/train": total.count("s") / len(total),
-        **{"ratio": 1.0, "approx_kl": 0.01, "clip_fraction": 0.1, "entropy": 0.9, "logprob_gap": 1e-5},
+        **{"ratio": 1.0, "update_kl": 0.01, "clip_fraction": 0.1, "entropy": 0.9, "logprob_gap": 1e-5},
         **{"value": 0.3, "explained_variance": 0.5, "return": 0.2},
         **{"seconds/collect": collect_s, "seconds/learn": 10.0, "seconds/publish": 2.0},
         **{f"probability/{task}": 1 / len(outcomes) for task in outcomes},
