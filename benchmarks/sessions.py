@@ -1,7 +1,7 @@
 """Sessions on simulated robots in shifted worlds: one resumable list, fixed before its first run.
 
     python -m benchmarks.sessions --list                    what there is, and what is done
-    python -m benchmarks.sessions [--only all-2-0] [--hours 2]   runs what is not done, in the list's order
+    python -m benchmarks.sessions [--only shifted-2-0] [--hours 2]   runs what is not done, in the list's order
 
 A robot has one task, of libero_object, with stand-in visuals.  TASKS are, of the seven that sessions were not tuned on,
 the three at which the prepared policy succeeded least often in the world where all is shifted (FIGURES, "Tries at
@@ -11,12 +11,13 @@ session begins with nano as the recipe prepares it for practice (benchmarks/reci
 the world as it is, and its reward model.
 
     before-SHIFT        nano, and nano prepared, at the three tasks in a world (sim/shifts.py)
-    all-TASK-SEED       a session in the world where all is shifted, and what it leaves, evaluated
+    shifted-TASK-SEED   a session in the world where all is shifted, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
-    corrected-, ignored-SEED          an expert takes over in a fifth of the episodes; lessons made of it, or none
+    helped-, ignored-SEED             an expert takes over in a fifth of the episodes; lessons made of it, or none
 
-A result, benchmarks/results/sessions/NAME.json, is never run again.  It has every counted episode in order: its
+A result, benchmarks/results/sessions/NAME.json, is never run again.  all-TASK-SEED and corrected-0 are of the trainer
+before it was changed for what corrected-0 had shown (FIGURES).  A result has every counted episode in order: its
 version, what came of it (S, F or E, an error; small where somebody took over) and when; every line of the session's
 log; the curve of the trainer.
 """
@@ -104,13 +105,16 @@ def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
 def corrected() -> Iterator[Experiment]:
     """Sessions with an expert's help: used, and not."""
     for seed in SEEDS:
-        for name, weight in (("corrected", None), ("ignored", 0.0)):
+        for name, weight in (("helped", None), ("ignored", 0.0)):
             yield Experiment(name=f"{name}-{seed}", seed=seed, corrected=CORRECTED, intervention_weight=weight)
 
 
 EXPERIMENTS = (
     *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in (SHIFT, "")),
-    *(Experiment(name=f"all-{task}-{seed}", task=task, seed=seed) for seed, task in itertools.product(SEEDS, TASKS)),
+    *(
+        Experiment(name=f"shifted-{task}-{seed}", task=task, seed=seed)
+        for seed, task in itertools.product(SEEDS, TASKS)
+    ),
     *spoilt("fast", "shuffled", "random"),
     *corrected(),
 )
