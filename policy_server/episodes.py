@@ -34,6 +34,7 @@ AT_WORK_S = 1.0
 """An episode that was silent for longer is not waited for when a batch is gathered."""
 DEFAULT_CLIENT_EPISODES = 256
 MAX_EPISODE_BYTES = 4 * 2**30
+"""After so many in its file an episode takes no more decisions: one that nobody ends would fill the disk."""
 
 MakeStart = Callable[[str, policy_pb2.StartEpisodeRequest, Rollout | None], episode_pb2.EpisodeStart]
 """The first record of an episode of that id.  Raises Refused."""
