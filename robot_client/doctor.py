@@ -372,9 +372,9 @@ def timed(what: str, call: Callable[[], object], tick_ms: float) -> list[Finding
         call()
         times_s.append(time.monotonic())
     median_ms, p99_ms = 1000 * np.percentile(np.diff(times_s), [50, 99])
-    remedy = f"a tick is {tick_ms:.0f} ms: use a cable, fewer pixels, --image-format jpeg or --resize, ask --ahead-ticks None"
+    remedy = "use a cable, fewer pixels, --image-format jpeg or --resize, ask --ahead-ticks None"
     fact = f"{what} takes {median_ms:.1f} ms there and back (median), {p99_ms:.1f} ms (99 %)"
-    return judged(fact, (p99_ms > tick_ms, "warn", remedy))
+    return judged(fact, (p99_ms > tick_ms, "warn", f"a tick is {tick_ms:.0f} ms: {remedy}"))
 
 
 def check_disk(patient: Patient) -> Iterator[Finding]:
