@@ -123,8 +123,6 @@ class Patient:
             return load_config(local_folder(self.config.source))
         except CheckpointError as error:
             return str(error)
-        except (LookupError, TypeError) as error:
-            return f"{self.config.source}: config.json: norm_stats are not as published: {error!r}"
 
     @cached_property
     def checkpoint(self) -> Checkpoint | str:

@@ -164,9 +164,9 @@ def test_a_file_cut_short_is_found(cut: str, broken: Path, tmp_path: Path) -> No
             "action[0] must have q01 below q99, got -1 and -1, though it moves",
         ),
         (lambda s: s["tiny"]["proprio"].update(q01=[-1.0] * 6, q99=[1.0] * 6), "proprio must have 8 numbers"),
-        (lambda s: s["tiny"].pop("proprio"), "proprio must have q01 and q99"),
-        (lambda s: s["tiny"]["action"].pop("q99"), "action must have q01 and q99"),
-        (lambda s: s["tiny"].pop("action"), "norm_stats are not as published"),
+        (lambda s: s["tiny"].pop("proprio"), "['proprio'] must hold q01 and q99"),
+        (lambda s: s["tiny"]["action"].pop("q99"), "['action'] must hold q01 and q99"),
+        (lambda s: s["tiny"].pop("action"), "['action'] must hold q01 and q99"),
         (lambda s: s.update(other=s["tiny"]), "of several data sets, name one of ['tiny', 'other']"),
     ],
 )
