@@ -134,6 +134,7 @@ class Ours(Side):
             epochs=1,
             minibatch=config.minibatch,
             microbatch=config.microbatch,
+            critic_epochs=4,
             target_kl=0.0,
             recompute=config.recompute,
         )

@@ -173,11 +173,12 @@ class Batcher:
         """
         if len(answers) != len(batch):
             raise ValueError(f"a pass must give {len(batch)} answers, got {len(answers)}")
+        sound = [bool(np.isfinite(answer.token_logprobs_N).all()) for answer in answers]
         self._batch_s = time.monotonic() - started_s
         self._left(batch)
-        for ticket, answer in zip(batch, answers, strict=True):
+        for ticket, answer, is_sound in zip(batch, answers, sound, strict=True):
             version, queue_ms = ticket.request.version, 1e3 * (started_s - ticket.submitted_s)
-            if np.isfinite(answer.token_logprobs_N).all():
+            if is_sound:
                 ticket.answer.set_result(
                     Answered(answer=answer, version=version, queue_ms=queue_ms, batch_size=len(batch))
                 )

@@ -110,7 +110,7 @@ class EpisodeStore:
 
     @property
     def newest(self) -> int:
-        """The last sequence number that was given; 0 before the first."""
+        """The sequence number of the newest episode; 0 before the first."""
         return self._last
 
     @property

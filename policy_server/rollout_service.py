@@ -262,9 +262,9 @@ class RolloutService(rollout_pb2_grpc.RolloutsServicer):
                 "practice for a session must be PURPOSE_TRAIN and name no version, the session does",
                 field=f"{field}.session_id",
             )
-        if rollout.session_id and self._sessions is None:
-            raise OutOfOrder(NO_SESSIONS, field=f"{field}.session_id")
-        if rollout.session_id and self._sessions is not None:
+        if rollout.session_id:
+            if self._sessions is None:
+                raise OutOfOrder(NO_SESSIONS, field=f"{field}.session_id")
             self._sessions.check(rollout.session_id, field=f"{field}.session_id")
         if rollout.purpose not in PURPOSES:
             raise BadRequest(

@@ -23,7 +23,7 @@ from policy_server.session import Charter, Event, Session
 from policy_server.sessions import CONTROLS, NO_SESSIONS, Control, Sessions
 from policy_server.version_store import FIRST_VERSION, VersionStore
 from policy_server.versions import Versions
-from protos import episode_pb2, policy_pb2, session_pb2, session_pb2_grpc
+from protos import policy_pb2, session_pb2, session_pb2_grpc
 from protos.episode_file import DamagedEpisode, EpisodeReader
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
@@ -160,12 +160,13 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             with contextlib.suppress(DamagedEpisode, OSError):  # or deleted meanwhile
                 reader = EpisodeReader(stored.path)
                 decisions += [(reader, index) for index in range(len(reader))]
-        observations = list[episode_pb2.Observation]()
+        prepared = list[Any]()
         for place in np.linspace(0, len(decisions) - 1, min(REPLAYED, len(decisions))).round().astype(int).tolist():
             reader, index = decisions[place]
-            with contextlib.suppress(DamagedEpisode, OSError):
-                observations.append(reader.decision(index).observation)
-        return [self._prepare(read_observation(one, self._spec, field="observation")) for one in observations]
+            with contextlib.suppress(DamagedEpisode, OSError, BadRequest):
+                seen = reader.decision(index).observation
+                prepared.append(self._prepare(read_observation(seen, self._spec, field="observation")))
+        return prepared
 
     def _offered(
         self, request: session_pb2.OfferCandidateRequest, accepted: bool, reason: str

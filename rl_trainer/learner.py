@@ -80,7 +80,7 @@ class LearnerConfig:
     critic_weight: float = 0.5
     """of that value loss beside the policy's"""
     warm_up: int = 6
-    """first iterations with trajectories, which teach the critic alone"""
+    """first iterations, in which trajectories teach the critic alone"""
     epochs: int = 2
     minibatch: int = 256
     """decisions of one optimiser step, over all ranks"""

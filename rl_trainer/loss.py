@@ -150,8 +150,8 @@ def ppo_loss(
         "ratio": _mean(ratio_BU, scored_BU, units),
         "clip_fraction": _mean((clipped_BU < free_BU).float(), scored_BU, units),
     }
-    if moved_BN is not None:  # summed over the tokens of a unit: by the chain rule that of the action, as it was played
-        metrics["update_kl"] = _mean(moved_BN.unflatten(1, (-1, width)).sum(-1), scored_BU, units)
+    if moved_BN is not None:  # of an action: by the chain rule, along what was played, the sum over its tokens
+        metrics["update_kl"] = moved_BN.sum() / counts.ticks
     if entropy_BN is not None:
         metrics["entropy"] = _mean(entropy_BN, mask_BN, counts.tokens)
         total = total - config.entropy_weight * metrics["entropy"]

@@ -140,6 +140,11 @@ class Leases:
         except grpc.RpcError as failure:
             log.warning("lease %s was not given back: %s", lease_id, of_rpc(failure, self._address))
 
+    def give_back_all(self, error: str = "") -> None:
+        """Whatever is held; what an episode was started of is the server's to judge already."""
+        for lease_id in list(self._held):
+            self.give_back(lease_id, error)
+
     def close(self) -> None:
         """Renews no more leases; what is held goes back to the queue when its time is over."""
         self._closed.set()

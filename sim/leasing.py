@@ -123,10 +123,10 @@ def _man_post(
             _run_leases(config, client, leases, arms, lease, progress)
         except PolicyError as error:  # of the server's, not of the work
             logger.warning("given back: %s", error)
-            leases.give_back(lease.lease_id)
+            leases.give_back_all()
         except (ValueError, RobotError) as error:  # no such task here, or a policy that does not fit
-            logger.warning("given back: %s", error)
-            leases.give_back(lease.lease_id, str(error))
+            logger.warning("given back: %s", error, exc_info=isinstance(error, ValueError))
+            leases.give_back_all(str(error))
         scenes.require_budget()
     yield
 
