@@ -166,6 +166,7 @@ def test_queue_and_batches_are_what_the_engine_saw(server):
     eventually(lambda: server.model.batches)
     calls += [server.policy.Act.future(messages.act(episode_id, 0)) for episode_id in episodes[1:]]
     eventually(lambda: value(server, "vla_rl_queue_depth") == 3)
+    eventually(lambda: len(server.server._batcher._queue) == 3)  # none of them is still being prepared
     server.model.gate.set()
     for call in calls:
         call.result(5)
