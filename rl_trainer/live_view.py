@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from protos.machine import memory_gb
 from rl_trainer.observer import Phase, Printer, Row
 from rl_trainer.rollouts import Finished
 from rl_trainer.tally import Tally, by_task
@@ -179,13 +180,12 @@ class LiveView(Printer):
         left = "unknown yet" if self._left_s is None else f"about {duration(self._left_s - now)}"
         if self._left_s is not None and self._left_s <= now:
             left = "this iteration"  # one that has begun is finished
-        total = psutil.virtual_memory().total
         spent = "   ".join(f"{name.replace('_', ' ')} {self._latest(name):,.0f}" for name in SPENT)
         return Group(
             Text(spent),
             Text(
                 f"elapsed {duration(now - self._began_s)}   left {left}   "
-                f"memory {self._memory / 2**30:.1f} of {total / 2**30:.0f} GiB"
+                f"memory {self._memory / 2**30:.1f} of {memory_gb():.0f} GiB"
             ),
         )
 

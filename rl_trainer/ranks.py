@@ -60,6 +60,12 @@ class Ranks:
         return values[0]
 
 
+def require_own_devices(size: int, device: str) -> None:
+    """Raises ValueError for several ranks on a device that all would share."""
+    if size > 1 and device != "cpu":
+        raise ValueError(f"ranks must be 1 on {device}, which all would share, got {size}")
+
+
 @contextmanager
 def launched(size: int, work: Callable[..., Any], *arguments: Any) -> Iterator[Ranks]:
     """Starts ranks 1..size-1 as processes that run work(ranks, *arguments), and joins them as rank 0 itself.

@@ -32,7 +32,7 @@ from rl_trainer.imitation import Objective, learning_rate, soft_targets
 from rl_trainer.metrics import Curve
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.plots import Draw, Row, lines, picture, write_png
-from rl_trainer.ranks import Ranks, launched
+from rl_trainer.ranks import Ranks, launched, require_own_devices
 from rl_trainer.run_state import RunState
 from rl_trainer.samples import Samples, collect_samples
 from rl_trainer.teacher import relabelled
@@ -106,8 +106,7 @@ class SftConfig:
         for name in ("batch_size", "accumulate", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.ranks > 1 and self.device != "cpu":
-            raise ValueError(f"ranks must be 1 on {self.device}, which all would share, got {self.ranks}")
+        require_own_devices(self.ranks, self.device)
         if not 0 <= self.ema < 1 or not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"ema and validation_fraction must be in [0, 1), got {self.ema}, {self.validation_fraction}"

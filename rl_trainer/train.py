@@ -37,7 +37,7 @@ from rl_trainer.observer import Observer, Printer
 from rl_trainer.placement import CUDA, Placement
 from rl_trainer.placement import plan as place
 from rl_trainer.publisher import Publisher
-from rl_trainer.ranks import Ranks, launched
+from rl_trainer.ranks import Ranks, launched, require_own_devices
 from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import RewardAlarm
 from rl_trainer.reward_model import RewardModel, load_reward_model
@@ -57,8 +57,7 @@ def train(config: TrainConfig) -> None:
     if placement:
         print(placement.table(), flush=True)
         os.environ.update(placement.learner.environment)  # before CUDA is asked for anything; other ranks inherit it
-    if config.ranks > 1 and compute_device(config.device) != "cpu":
-        raise ValueError(f"ranks must be 1 on {config.device}, which all would share, got {config.ranks}")
+    require_own_devices(config.ranks, compute_device(config.device))
     with launched(config.ranks, follow, config) as ranks:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from protos import codec, episode_pb2, lerobot
@@ -124,13 +124,10 @@ def write_dataset(config: Export) -> Summary:
             raise CannotExport(f"there is nothing to export; left out: {dict(refused) or 'none'}")
         summary = Summary(fps=config.fps or survey.fps(), refused=refused)
         check_sides(config, survey)
-        partial = config.out.with_name(f"{config.out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            _write(config, partial, survey, chosen, summary)
-            os.replace(partial, config.out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=config.out.parent, prefix=f".{config.out.name}-") as folder:
+            _write(config, Path(folder) / "whole", survey, chosen, summary)
+            os.replace(Path(folder) / "whole", config.out)
     except Unfit as error:
         raise CannotExport(str(error)) from error
     except OSError as error:
