@@ -29,10 +29,9 @@ from safetensors.torch import load_file
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from protos import episode_pb2
 from protos.episode_file import SUFFIX, read_episode
-from rl_trainer.advantage import normalised
+from rl_trainer.advantage import batch_gae, normalised
 from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import Critic
-from rl_trainer.learner import batch_gae
 from rl_trainer.loss import token_logprobs
 from rl_trainer.reward_model import RewardModel, load_reward_model
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
@@ -178,8 +177,8 @@ def judge(critic: Critic, group: Group, shaped: bool, lambda_: float, gamma: flo
     """float64 (n,) each: advantages and values."""
     value_n, after_E = critic(group.hidden_nD).double().numpy(), critic(group.after_ED).double().numpy()
     after_E[[trajectory.after is None for trajectory in group.trajectories]] = 0.0
-    rewards = group.rewards[shaped]
-    return batch_gae(group.trajectories, rewards, value_n, after_E, gamma=gamma, lambda_=lambda_), value_n
+    rewards, ticks = group.rewards[shaped], [trajectory.ticks_T for trajectory in group.trajectories]
+    return batch_gae(rewards, ticks, value_n, after_E, gamma=gamma, lambda_=lambda_), value_n
 
 
 def gradients_of(

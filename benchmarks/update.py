@@ -33,7 +33,8 @@ from policy_server.vla.config import LlamaConfig as OurLlamaConfig
 from policy_server.vla.lora import apply_lora
 from policy_server.vla.model import VLA, collate
 from policy_server.vla.preprocessing import Prepared
-from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.learner import Learner
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.trajectories import Trajectory
 
 STATISTICS = {

@@ -31,6 +31,27 @@ def gae(
     return advantage_T1[:-1]
 
 
+def batch_gae(
+    rewards: Sequence[np.ndarray],
+    ticks: Sequence[np.ndarray],
+    values_n: np.ndarray,
+    after_E: np.ndarray,
+    *,
+    gamma: float,
+    lambda_: float,
+) -> np.ndarray:
+    """float64 (n,): gae() of each trajectory, whose rewards_T and ticks_T are given, in a row.
+
+    after_E: the value of what each was cut before, 0 where its task ended.
+    """
+    values = np.split(values_n, np.cumsum([len(ticks_T) for ticks_T in ticks])[:-1])
+    parts = [
+        gae(r_T, v_T, float(after), ticks_T, gamma=gamma, lambda_=lambda_)
+        for r_T, ticks_T, v_T, after in zip(rewards, ticks, values, after_E, strict=True)
+    ]
+    return np.concatenate(parts)
+
+
 def group_relative(returns_E: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
     """float64 (E,): GRPO's (r - mean) / std within each group (Shao et al., 2024); 0 where all are equal.
 

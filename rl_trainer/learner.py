@@ -16,21 +16,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from policy_server.vla.model import VLA, Prompts
-from rl_trainer.advantage import gae, group_relative, leave_one_out, normalised
+from rl_trainer.advantage import batch_gae, group_relative, leave_one_out, normalised
 from rl_trainer.batching import Batch, Prompter, minibatches
-from rl_trainer.critic import CriticKind, critic_of
+from rl_trainer.critic import critic_of
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.lessons import Lesson
 from rl_trainer.loss import (
     Counts,
     Loss,
-    LossConfig,
     divergence_estimate,
     ppo_loss,
     token_divergence,
@@ -50,84 +49,6 @@ MEASURES = {
     "policy": ("policy_loss", "ratio", "update_kl", "clip_fraction", "reference_kl"),
 }
 """Who learns, and what adds up for it over the parts of a minibatch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """How a batch of episodes moves the weights.  Defaults: what improved nano (benchmarks/FIGURES.md)."""
-
-    advantage: Literal["gae", "grpo", "rloo"] = "gae"
-    """gae learns from a critic; the others compare episodes that began alike, and need no critic"""
-    gamma: float = 0.998
-    """discount of one executed tick"""
-    lambda_: float = 0.6
-    """of GAE, a decision"""
-    learning_rate: float = 5e-5
-    anneal: int = 0
-    """iterations over which the policy's learning rate falls in a line to 0, the warm-up's among them; 0: it stays"""
-    average: float = 0.0
-    """what is evaluated and released is an average of the weights that keeps so much of itself a step; 0: no average"""
-    critic: CriticKind = "shared"
-    """shared reads the policy's hidden state, lora its base through an adapter of the critic's own, separate a copy"""
-    critic_rank: int = 16
-    """of lora's adapter"""
-    critic_learning_rate: float = 1e-3
-    critic_epochs: int = 8
-    critic_minibatch: int = 64
-    """decisions of one optimiser step of the critic's, over all ranks"""
-    critic_gradient: bool = False
-    """the value loss also shapes the backbone that is shared: once warm, the critic learns in the policy's steps"""
-    critic_weight: float = 0.5
-    """of that value loss beside the policy's"""
-    warm_up: int = 6
-    """first iterations, in which trajectories teach the critic alone"""
-    epochs: int = 2
-    minibatch: int = 256
-    """decisions of one optimiser step, over all ranks"""
-    microbatch: int = 32
-    """decisions of one pass with gradients, to save memory; does not change the update"""
-    recompute: bool = False
-    """drop activations and compute them again for the gradient: a third more time, a fraction of the memory"""
-    keep_images: bool = True
-    """compute image tokens once an iteration where nothing that makes them is trained; does not change the update"""
-    target_kl: float = 0.1
-    """no further step in this iteration once a minibatch's divergence from the policy that the iteration found, nats an
-    action in the mean, exceeds it; 0: never"""
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    normalise: bool = True
-    """gae's advantages to mean 0 and standard deviation 1 over the batch; the others are relative already"""
-    success_weight: float = 0.0
-    """of cloning own successes beside PPO: of the mean negative log-likelihood of a token; 0: they are not cloned"""
-    intervention_weight: float = 0.0
-    """likewise of cloning what a person or an expert did instead"""
-    lessons: int = 32
-    """decisions of each of these kinds in one optimiser step, over all ranks; all there are, where they are fewer"""
-    loss: LossConfig = field(default_factory=LossConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1 or not 0 <= self.lambda_ <= 1:
-            raise ValueError(f"gamma must be in (0, 1] and lambda_ in [0, 1], got {self.gamma} and {self.lambda_}")
-        if self.critic != "shared" and (self.critic_gradient or self.advantage != "gae"):
-            raise ValueError(
-                f"critic must be shared with critic_gradient, and where no critic learns, got {self.critic!r} with"
-                f" critic_gradient {self.critic_gradient} and advantage {self.advantage!r}"
-            )
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average must be in [0, 1), got {self.average}")
-        sizes = ("minibatch", "microbatch", "critic_minibatch", "lessons")
-        for name in ("epochs", *sizes, "critic_epochs", "critic_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        weights = ("critic_weight", "success_weight", "intervention_weight")
-        for name in ("learning_rate", "critic_learning_rate", "anneal", "warm_up", "target_kl", *weights):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-
-    @property
-    def reward_gamma(self) -> float:
-        """The discount with which rewards are shaped: GRPO and RLOO add up a trajectory's without one."""
-        return self.gamma if self.advantage == "gae" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,8 +230,8 @@ class Learner:
         """float64 (n,) each: advantages, and what the critic should have said."""
         config, lengths = self.config, [len(trajectory) for trajectory in trajectories]
         if config.advantage == "gae":
-            how = {"gamma": config.gamma, "lambda_": config.lambda_}
-            advantage_n = batch_gae(trajectories, rewards, looked.values_n, looked.after_E, **how)
+            ticks, how = [one.ticks_T for one in trajectories], {"gamma": config.gamma, "lambda_": config.lambda_}
+            advantage_n = batch_gae(rewards, ticks, looked.values_n, looked.after_E, **how)
             target_n = advantage_n + looked.values_n
             if config.normalise:
                 advantage_n = normalised(advantage_n)
@@ -499,24 +420,6 @@ class Learner:
             self.steps += 1
             norms["gradient_norm"] = self.policy_optimizer.step(self.learning_rate)
         return norms
-
-
-def batch_gae(
-    trajectories: Sequence[Trajectory],
-    rewards: Sequence[np.ndarray],
-    values_n: np.ndarray,
-    after_E: np.ndarray,
-    *,
-    gamma: float,
-    lambda_: float,
-) -> np.ndarray:
-    """float64 (n,): gae() of each trajectory.  after_E: the value of what it was cut before, 0 where its task ended."""
-    values_E = np.split(values_n, np.cumsum([len(trajectory) for trajectory in trajectories])[:-1])
-    parts = [
-        gae(r_T, v_T, float(after), trajectory.ticks_T, gamma=gamma, lambda_=lambda_)
-        for trajectory, r_T, v_T, after in zip(trajectories, rewards, values_E, after_E, strict=True)
-    ]
-    return np.concatenate(parts)
 
 
 def _optimizer(

@@ -12,7 +12,7 @@ from protos import session_pb2
 from protos.channel import Credentials
 from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import RunServer
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.loss import LossConfig
 from rl_trainer.shaping import ShapingConfig
 

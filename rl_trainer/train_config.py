@@ -14,7 +14,7 @@ import tyro
 from protos.channel import Credentials
 from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import RunServer
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.reward_alarm import AlarmConfig
 from rl_trainer.shaping import ShapingConfig
 

@@ -20,7 +20,8 @@ from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Prepared
 from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import CriticKind
-from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.learner import Learner
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.loss import Counts, LossConfig, token_divergence
 from rl_trainer.ranks import Ranks, launched
 from rl_trainer.trajectories import Trajectory

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from policy_server.vla.model import collate
-from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.learner import Learner
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.lessons import Lesson, successes
 from rl_trainer.loss import token_logprobs
 from rl_trainer.ranks import Ranks, launched

@@ -18,7 +18,8 @@ from policy_server.vla.preprocessing import Prepared, Preprocessor
 from rl_trainer.__main__ import main
 from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
 from rl_trainer.costs import GIB
-from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.learner import Learner
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
 from rl_trainer.train_config import differences
 from tests.trainer.test_costs import HOST, PRICES, SCHEDULE

@@ -20,7 +20,7 @@ from policy_server.vla.model import collate
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import Preprocessor
 from policy_server.vla_model import VlaModel
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.progress_model import ProgressModel
 from rl_trainer.reward_alarm import AlarmConfig
 from rl_trainer.reward_model import RECORD, load_reward_model

@@ -23,7 +23,7 @@ from policy_server.vla_model import VlaModel
 from protos import episode_pb2, session_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer import session_client
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, VERDICTS, SessionRun, claim, train_session

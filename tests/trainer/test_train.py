@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rl_trainer.films import HOLD, read_webp
-from rl_trainer.learner import LearnerConfig
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.ranks import Ranks
 from rl_trainer.shaping import ShapingConfig
 from rl_trainer.suite import cells_of

@@ -22,7 +22,8 @@ from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, rollout_pb2
 from protos.episode_file import Episode, read_episode
-from rl_trainer.learner import Learner, LearnerConfig
+from rl_trainer.learner import Learner
+from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.publisher import Publisher
 from rl_trainer.report import Reporter
 from rl_trainer.train import Run, train
