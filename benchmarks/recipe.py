@@ -5,12 +5,14 @@
 
 An experiment is a series of runs and evaluations of what the last one leaves.  An interrupted run is resumed while its
 folder lies under --runs; a result, benchmarks/results/recipe/NAME.json, is never run again.  Nothing here was changed
-after its result was seen: an experiment that was tried otherwise has another name.
+after its result was seen: an experiment that was tried otherwise has another name.  What benchmarks/prepared has of a
+run is taken from there, so that experiments begin alike wherever they are run.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from rl_trainer.metrics import read_curve
 from sim.local_server import served
 
 RESULTS = Path(__file__).parent / "results" / "recipe"
+PREPARED = Path(__file__).parent / "prepared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +291,8 @@ def carry_out(experiment: Experiment, config: RecipeConfig) -> None:
 def take(step: Step, runs: Path) -> Path:
     """The folder of a step that is done."""
     folder = runs / step.name
+    if not folder.exists() and (prepared := PREPARED / step.name).exists():
+        shutil.copytree(prepared, folder)
     done = folder / "done"
     if not done.exists():
         resume = ["--resume"] if (folder / "state.safetensors").exists() else []

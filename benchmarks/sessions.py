@@ -10,16 +10,16 @@ is judged, and greedy.  Practice is on fixed and drawn states of the train split
 session begins with nano as the recipe prepares it for practice (benchmarks/recipe.py), with that policy's critic, in
 the world as it is, and its reward model.
 
-    before-SHIFT        nano, and nano prepared, at the three tasks in a world (sim/shifts.py)
+    start-SHIFT         what sessions begin with, at the three tasks in a world (sim/shifts.py)
     shifted-TASK-SEED   a session in the world where all is shifted, and what it leaves, evaluated
     fast-, shuffled-, random-SEED     trainers that go wrong: learning rate x 30; advantages dealt out anew, and no
                         cloning; an adapter of random numbers.  What does the gate make of their versions?
     helped-, ignored-SEED             an expert takes over in a fifth of the episodes; lessons made of it, or none
 
 A result, benchmarks/results/sessions/NAME.json, is never run again.  all-TASK-SEED and corrected-0 are of the trainer
-before it was changed for what corrected-0 had shown (FIGURES).  A result has every counted episode in order: its
-version, what came of it (S, F or E, an error; small where somebody took over) and when; every line of the session's
-log; the curve of the trainer.
+before it was changed for what corrected-0 had shown (FIGURES), before-SHIFT is nano, and what those began with.  A
+result has every counted episode in order: its version, what came of it (S, F or E, an error; small where somebody took
+over) and when; every line of the session's log; the curve of the trainer.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Trainer = Literal["healthy", "fast", "shuffled", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A session, and what its policy can do afterwards; without a trainer, what nano can do."""
+    """A session, and what its policy can do afterwards; without a trainer, what it would begin with."""
 
     name: str
     shift: str = SHIFT
@@ -110,7 +110,7 @@ def corrected() -> Iterator[Experiment]:
 
 
 EXPERIMENTS = (
-    *(Experiment(name=f"before-{shift or 'none'}", shift=shift, trainer=None) for shift in (SHIFT, "")),
+    *(Experiment(name=f"start-{shift or 'none'}", shift=shift, trainer=None) for shift in (SHIFT, "")),
     *(
         Experiment(name=f"shifted-{task}-{seed}", task=task, seed=seed)
         for seed, task in itertools.product(SEEDS, TASKS)
@@ -145,7 +145,7 @@ class Start:
 
     @classmethod
     def of_recipe(cls, runs: Path) -> Start:
-        """Made where it is not there yet, which takes half an hour."""
+        """Made where it is neither there nor in benchmarks/prepared, which takes half an hour."""
         *_, steady, reward, critic = [recipe.take(step, runs) for step in (*recipe.prepared(SUITE), CRITIC)]
         return cls(model=str(steady / "last"), critic=critic / STATE, reward_model=reward)
 
@@ -217,13 +217,9 @@ def main(config: SessionsConfig) -> int:
 
 def carry_out(experiment: Experiment, start: Start) -> dict[str, Any]:
     """What the experiment is about, with what sessions begin with."""
-    if experiment.trainer is None:
-        evaluations = {}
-        for name, one in (("nano", Start(model="nano")), ("prepared", start)):
-            with lab(one, experiment.shift) as here:
-                evaluations[name] = here.evaluated(0, *TASKS)
-        return {"evaluations": evaluations}
     with lab(start, experiment.shift) as here:
+        if experiment.trainer is None:
+            return {"evaluation": here.evaluated(0, *TASKS)}
         return have_session(experiment, here)
 
 
