@@ -320,26 +320,31 @@ def decision_bytes(config: VLAConfig) -> int:
     return 3 * config.sent_size**2 + RECORD_BYTES
 
 
-def batch_bytes(config: VLAConfig, decisions: int, *, kept_width: int = 0) -> int:
+def batch_bytes(config: VLAConfig, decisions: int, *, kept_width: int = 0, reference: bool = False) -> int:
     """An iteration's observations in the leader: as they came, as the model reads them, what the policy was found to
-    make of them, and, where they are kept, their image tokens, in numbers of kept_width bytes."""
+    make of them, and the reference policy, and, where they are kept, their image tokens, in numbers of kept_width
+    bytes."""
     tokens = config.num_image_tokens * config.llm.hidden_size * kept_width
-    logits = 4 * config.action_tokens * config.n_action_bins
+    logits = (1 + reference) * 4 * config.action_tokens * config.n_action_bins
     return decisions * (decision_bytes(config) + 3 * config.image_size**2 + logits + tokens)
 
 
-def disk_bytes(config: VLAConfig, shapes: Shapes, *, schedule: Schedule, averaged: bool = False) -> int:
+def disk_bytes(
+    config: VLAConfig, shapes: Shapes, *, schedule: Schedule, averaged: bool = False, serves: bool = True
+) -> int:
     """What a run leaves behind: episodes, a version an iteration as far as they are kept, the state (twice while it is
     replaced), the last policy and the best.
 
-    An average of the weights makes a version of its own.
+    An average of the weights makes a version of its own.  serves: by a server of its own; another keeps episodes and
+    versions elsewhere.
     """
     practised = schedule.iterations * schedule.rollouts
     episodes = practised + schedule.evaluations * schedule.evaluated
     stored = episodes * (ceil(schedule.ticks / schedule.chunk) + 1) * decision_bytes(config)
     versions = min((1 + averaged) * schedule.iterations, KEPT_VERSIONS) * shapes.published_bytes
     states = 2 * (STATE_BYTES * (shapes.trained + shapes.critic_trained) + 4 * averaged * shapes.trained)
-    return stored + versions + states + 2 * (shapes.published_bytes if shapes.is_adapter else shapes.weights_bytes)
+    released = 2 * (shapes.published_bytes if shapes.is_adapter else shapes.weights_bytes)
+    return serves * (stored + versions) + states + released
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""What would stop a run, found before it starts: rendering, assets, checkpoint, statistics, disk, the server given.
+"""What would stop a run, found before it starts: `python -m rl_trainer doctor`, with the options of `train`.
+
+Looked at are rendering, assets, the checkpoint, its statistics, the disk and the server that is given.
 
 Each check gives findings, a line each: ok, warn or FAIL, with what to do about it.
 """
@@ -6,19 +8,15 @@ Each check gives findings, a line each: ok, warn or FAIL, with what to do about 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 import numpy as np
-import tyro
 
 from policy_server.vla.action_tokens import UnknownStatistics, statistics_key
 from policy_server.vla.checkpoint import (
@@ -31,19 +29,17 @@ from policy_server.vla.checkpoint import (
 )
 from policy_server.vla.config import VLAConfig
 from protos import policy_pb2, policy_pb2_grpc
-from protos.channel import Credentials, dial, tls_trouble
+from protos.channel import dial, tls_trouble
+from rl_trainer.costs import GIB, disk_bytes
+from rl_trainer.plan import disk_free_gb, schedule_of, trained_shapes
+from rl_trainer.suite import cells_of
+from rl_trainer.train_config import TrainConfig
 
-NANO = Path(__file__).parent.parent / "policy_server" / "checkpoints" / "nano"
 CHILD_S = 600.0
 SERVER_S = 10.0
-EPISODE_TICKS = 520
-"""The longest episode of any suite."""
-DECISION_BYTES = 2048
-"""Of a decision without its image: ticks, tokens, log-probabilities."""
-WEIGHT_COPIES = 4
-"""A run keeps float32 masters, two moments, and the weights themselves."""
 ROOM = 2.0
 """A disk with less than so many times the need is worth a warning."""
+INSTALL = "install LIBERO (README) and its assets, and set LIBERO_ASSETS to their folder or not at all"
 SIMPLE_TASK = "robosuite/0"
 RENDER = """
 import sys
@@ -57,33 +53,11 @@ sys.exit(0 if scene.render("agentview", 64, 64).std() > 1 else "the picture is o
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(TrainConfig):
     """Looks for what would stop a run before it starts."""
 
-    out: Path
-    """folder of the run, which need not be there yet"""
-    suite: str = "libero_object"
-    """of `python -m sim suites`"""
-    model: str = "nano"
-    """the policy to begin with: nano, or a checkpoint's folder or hub id"""
-    unnorm_key: str | None = None
-    """whose statistics; none given: the only ones"""
-    episodes: int = 2000
-    """that the run will store: iterations x rollouts, and evaluations"""
     free_gb: float | None = None
     """judge the disk as if so many GiB were free; none given: those that are"""
-    server: str = ""
-    """HOST:PORT of the policy server that the run will use; none given: the run starts its own"""
-    credentials: tyro.conf.OmitArgPrefixes[Credentials] = field(default_factory=Credentials)
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1:
-            raise ValueError(f"episodes must be >= 1, got {self.episodes}")
-
-    @property
-    def source(self) -> Path | str:
-        """Where the policy to begin with lies."""
-        return NANO if self.model == "nano" else self.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +94,24 @@ class Patient:
     def model(self) -> VLAConfig | str:
         """What the checkpoint says about itself, or why it cannot be read."""
         try:
-            return load_config(local_folder(self.config.source))
+            return load_config(local_folder(self.config.model))
         except CheckpointError as error:
             return str(error)
+
+    @cached_property
+    def listed(self) -> dict | str:
+        """What the simulator says of the suite, which has the run's tasks and states, or why not."""
+        problem, answer = _run("-m", "sim", "suites", "--json")
+        suites, config = {} if problem else json.loads(answer), self.config
+        if config.suite not in suites:
+            what = problem or f"{config.suite!r} is not among what can be built here, {sorted(suites)}"
+            return f"{what}; {INSTALL}"
+        try:
+            for split in (config.split, config.evaluate_split):
+                cells_of(suites[config.suite], config.tasks, split)
+        except ValueError as error:
+            return str(error)
+        return suites[config.suite]
 
     @cached_property
     def checkpoint(self) -> Checkpoint | str:
@@ -130,7 +119,7 @@ class Patient:
         if isinstance(self.model, str):
             return self.model
         try:
-            return load_checkpoint(self.config.source, dtype=None)
+            return load_checkpoint(self.config.model, dtype=None)
         except CheckpointError as error:
             return str(error)
 
@@ -146,19 +135,15 @@ def check_rendering(patient: Patient) -> Iterator[Finding]:
 
 def check_assets(patient: Patient) -> Iterator[Finding]:
     """Whether the suite can be built here; of LIBERO's, one scene is."""
-    suite = patient.config.suite
-    problem, answer = _run("-m", "sim", "suites", "--json")
-    listed = {} if problem else json.loads(answer)
-    advice = "install LIBERO (README) and its assets, and set LIBERO_ASSETS to their folder or not at all"
-    if problem or suite not in listed:
-        what = problem or f"{suite!r} is not among what can be built here, {sorted(listed)}"
-        yield Finding(check="assets", verdict="FAIL", text=f"{what}; {advice}")
+    suite, listed = patient.config.suite, patient.listed
+    if isinstance(listed, str):
+        yield Finding(check="assets", verdict="FAIL", text=listed)
         return
     first = f"{suite}/0"
     if first != SIMPLE_TASK and (problem := _drawing(first)):
-        yield Finding(check="assets", verdict="FAIL", text=f"{first} cannot be built: {problem}; {advice}")
+        yield Finding(check="assets", verdict="FAIL", text=f"{first} cannot be built: {problem}; {INSTALL}")
         return
-    yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed[suite]['tasks'])} tasks can be built")
+    yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed['tasks'])} tasks can be built")
 
 
 def check_checkpoint(patient: Patient) -> Iterator[Finding]:
@@ -203,32 +188,23 @@ def check_statistics(patient: Patient) -> Iterator[Finding]:
 
 
 def check_disk(patient: Patient) -> Iterator[Finding]:
-    """Whether --out has room for the weights and, unless a server elsewhere keeps them, the episodes."""
-    config = patient.config
-    if isinstance(patient.model, str) or isinstance(patient.checkpoint, str):
-        yield Finding(check="disk", verdict="warn", text="not judged: what a run needs follows from the checkpoint")
+    """Whether --out has room for what the run leaves, were every episode to last as long as it may."""
+    config, listed = patient.config, patient.listed
+    if isinstance(patient.model, str) or isinstance(listed, str):
+        text = "not judged: what a run needs follows from checkpoint and suite"
+        yield Finding(check="disk", verdict="warn", text=text)
         return
-    numbers = sum(tensor.numel() for tensor in patient.checkpoint.model.state_dict().values())
-    episodes = 0 if config.server else config.episodes
-    need_gb = (numbers * 4 * WEIGHT_COPIES + episodes * episode_bytes(patient.model)) / 2**30
+    schedule = schedule_of(config, patient.model, listed, episode_share=1.0)
+    shapes = trained_shapes(config, patient.model, prompt_tokens=1)
+    averaged, serves = config.learner.average > 0, not config.server
+    need_gb = disk_bytes(patient.model, shapes, schedule=schedule, averaged=averaged, serves=serves) / GIB
     free_gb = disk_free_gb(config.out) if config.free_gb is None else config.free_gb
     verdict = "FAIL" if free_gb < need_gb else "warn" if free_gb < ROOM * need_gb else "ok"
-    text = f"{free_gb:.1f} GiB free for --out, at most {need_gb:.1f} needed for weights and {episodes} episodes"
+    kept = "episodes, versions and checkpoints" if serves else "checkpoints"
+    text = f"{free_gb:.1f} GiB free for --out, at most {need_gb:.1f} needed for {kept}"
     if verdict != "ok":
-        text += "; make room, take another --out or fewer episodes"
+        text += "; make room, take another --out, or fewer iterations or rollouts"
     yield Finding(check="disk", verdict=verdict, text=text)
-
-
-def disk_free_gb(folder: Path) -> float:
-    """GiB of the disk that the folder is on, or would be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free / 2**30
-
-
-def episode_bytes(model: VLAConfig) -> int:
-    """Of the longest episode, with its pixels as they are: a decision a chunk, and the final observation."""
-    decisions = ceil(EPISODE_TICKS / model.chunk_length) + 1
-    return decisions * (3 * model.sent_size**2 + DECISION_BYTES)
 
 
 def check_server(patient: Patient) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ Shapes: n decisions of a batch, E trajectories, B decisions of a minibatch, N = 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +50,8 @@ MEASURES = {
     "policy": ("policy_loss", "ratio", "update_kl", "clip_fraction", "reference_kl"),
 }
 """Who learns, and what adds up for it over the parts of a minibatch."""
+PREFIXES = {"critic": "critic_", "policy": ""}
+"""Of the names of its other measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.iteration = self.steps = 0
         model.recompute_blocks(config.recompute)
+        model.eval()  # with an adapter's dropout it would not be the policy that played
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.policy_optimizer = _optimizer(trained, config, average=config.average)
         # After the policy's optimiser, which lays out anew the weights that a critic may share.
@@ -198,7 +202,6 @@ class Learner:
         apart = torch.zeros(*ids.shape, bins if reference is not None else 0)
         values, hidden = torch.zeros(len(ids)), torch.zeros(len(ids), self.model.config.llm.hidden_size)
         mine = np.arange(len(ids))[self.ranks.part(len(ids))]
-        self.model.eval()
         with torch.no_grad():
             for rows in prompts.parts(mine, LOOK_BATCH):
                 seen, asked = prompts(rows), (ids[rows], temperature[rows], mask[rows])
@@ -251,7 +254,6 @@ class Learner:
         advantage_n, target_n = self._advantages(trajectories, rewards, looked)
         work = (batch, looked, torch.from_numpy(advantage_n).float(), torch.from_numpy(target_n).float())
         gae = self.config.advantage == "gae"
-        self.model.train()
         metrics = dict[str, float]()
         if gae and (self.warming_up or not self.config.critic_gradient):
             metrics |= self._epochs(("critic",), *work)
@@ -262,15 +264,20 @@ class Learner:
         return metrics | {"optimiser_steps": float(self.steps)} | _measured_before(batch, looked, target_n, version)
 
     def _clone(self, tutor: Tutor) -> dict[str, float]:
-        """Epochs of optimiser steps of the policy, from the lessons alone; means of what they measured."""
-        self.model.train()
-        measured = []
+        """Epochs of optimiser steps of the policy, from the lessons alone; means of what they measured.
+
+        They end as those from trajectories do, before the policy has moved further; here on the lessons of the first.
+        """
+        measured, stopped, found = defaultdict[str, list[float]](list), False, tutor.logits(0)
         for step in range(self.config.epochs * tutor.steps):
-            metrics = tutor.gradient(step)
+            metrics = tutor.gradient(step) | {"update_kl": tutor.divergence(0, found)}
             self.ranks.sum(self.policy_optimizer.collect_gradients())
-            measured.append(metrics | self._step(("policy",)))
-        means = {name: float(np.mean([metrics[name] for metrics in measured])) for name in measured[0]}
-        return means | {"learning_rate": self.learning_rate, "optimiser_steps": float(self.steps)}
+            stopped = self._move(("policy",), metrics, measured)
+            if stopped:
+                break
+        means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
+        rate, steps = self.learning_rate, float(self.steps)
+        return means | {"stopped_early": float(stopped), "learning_rate": rate, "optimiser_steps": steps}
 
     def _epochs(
         self,
@@ -293,13 +300,8 @@ class Learner:
         for step, rows in enumerate(order):
             taught = tutor.gradient(step) if tutor else {}
             metrics = taught | self._gradient(who, batch, looked, rows, advantage_n, target_n)
-            stopped = 0 < config.target_kl < metrics.get("update_kl", 0)
-            metrics |= {} if stopped else self._step(who)
-            for name, value in metrics.items():
-                measured[name].append(value)
+            stopped = self._move(who, metrics, measured)
             if stopped:
-                for owner in who:
-                    self._optimizers()[owner].forget()
                 break
         means = {name: float(np.mean(numbers)) for name, numbers in measured.items()}
         return means | ({"stopped_early": float(stopped)} if "policy" in who else {})
@@ -317,6 +319,8 @@ class Learner:
         counts = Counts.of(batch.mask_nN[rows].numpy(), self.model.config.action_dim)
         mine = rows[self.ranks.part(len(rows))]
         sums = dict.fromkeys([measure for owner in who for measure in MEASURES[owner]], 0.0)
+        if looked.reference_nNV is None:
+            sums.pop("reference_kl", None)
         for part in looked.prompts.parts(mine, self.config.microbatch):
             loss = self._loss(who, batch, looked, part, advantage_n[part], target_n[part], counts)
             if loss.total.requires_grad:
@@ -411,15 +415,34 @@ class Learner:
         """float32 (B,)"""
         return self.critic(hidden_BD) if self.critic.backbone is None else self.critic.read(prompts)
 
-    def _step(self, who: Sequence[str]) -> dict[str, float]:
-        """One optimiser step of whoever learns; the norms of the gradients."""
-        norms = dict[str, float]()
-        if "critic" in who:
-            norms["critic_gradient_norm"] = self.critic_optimizer.step(self.config.critic_learning_rate)
-        if "policy" in who:
-            self.steps += 1
-            norms["gradient_norm"] = self.policy_optimizer.step(self.learning_rate)
-        return norms
+    def _move(self, who: Sequence[str], metrics: Mapping[str, float], measured: dict[str, list[float]]) -> bool:
+        """One optimiser step of whoever learns; none, and True, where the policy has moved far enough.
+
+        measured: is told the step's metrics, the norms of its gradients, and whether it was left out because its
+        gradient is not finite.
+        """
+        told, stopped = dict(metrics), 0 < self.config.target_kl < metrics.get("update_kl", 0)
+        rates = {"critic": self.config.critic_learning_rate, "policy": self.learning_rate}
+        for owner in who:
+            optimizer, prefix = self._optimizers()[owner], PREFIXES[owner]
+            if stopped:
+                optimizer.forget()
+                continue
+            norm = optimizer.step(rates[owner])
+            finite = math.isfinite(norm)
+            told |= {f"{prefix}gradient_norm": norm} if finite else {}
+            told[f"{prefix}steps_left_out"] = float(not finite)
+            self.steps += finite and owner == "policy"
+        for name, value in told.items():
+            measured[name].append(value)
+        return stopped
+
+
+def left_out(metrics: Mapping[str, float]) -> str:
+    """What is to be said of steps that an update left out; empty where it left out none."""
+    shares = {owner: metrics.get(f"{prefix}steps_left_out", 0.0) for owner, prefix in PREFIXES.items()}
+    lost = [f"{share:.0%} of the steps of the {owner}" for owner, share in shares.items() if share]
+    return f"left out, since gradients are not finite: {', '.join(lost)}" if lost else ""
 
 
 def _optimizer(

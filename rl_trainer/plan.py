@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,6 @@ from rl_trainer.costs import (
     shapes_of,
 )
 from rl_trainer.devices import find_machine
-from rl_trainer.doctor import disk_free_gb
 from rl_trainer.metrics import read_curve
 from rl_trainer.placement import Placement
 from rl_trainer.suite import catalogue, cells_of
@@ -83,20 +83,9 @@ def plan(config: PlanConfig) -> None:
     model, listed = load_config(folder), catalogue(config.suite)
     tasks = list(config.tasks or range(len(listed["tasks"])))
     instructions = [list(listed["tasks"].values())[task] for task in tasks]
-    schedule = schedule_of(config, model, listed)
-    shapes = shapes_of(
-        model,
-        dtype=DTYPES[config.dtype],
-        lora_rank=config.lora_rank,
-        freeze_vision=config.freeze_vision,
-        recompute=config.learner.recompute,
-        critic=config.learner.critic,
-        critic_rank=config.learner.critic_rank,
-        rows=config.learner.microbatch,
-        prompt_tokens=longest_prompt(
-            Preprocessor(model, Tokenizer.load(folder), unnorm_key=config.unnorm_key), instructions
-        ),
-    )
+    schedule = schedule_of(config, model, listed, episode_share=config.episode_share)
+    preprocessor = Preprocessor(model, Tokenizer.load(folder), unnorm_key=config.unnorm_key)
+    shapes = trained_shapes(config, model, prompt_tokens=longest_prompt(preprocessor, instructions))
     needs = Needs(config, model, shapes, schedule, placement)
     require(refusal(needs.computing()))
     scenes = time_scenes(config, model, placement, tasks)
@@ -116,8 +105,11 @@ def require(refused: str) -> None:
         raise ValueError(refused)
 
 
-def schedule_of(config: PlanConfig, model: VLAConfig, listed: Mapping) -> Schedule:
-    """How often the run does what."""
+def schedule_of(config: TrainConfig, model: VLAConfig, listed: Mapping, *, episode_share: float) -> Schedule:
+    """How often the run does what.  episode_share: of the longest that an episode may last.
+
+    Raises ValueError for tasks or states that the suite has not.
+    """
     held_out = cells_of(dict(listed), config.tasks, config.evaluate_split, config.evaluate_states)
     return Schedule(
         iterations=config.iterations,
@@ -125,11 +117,32 @@ def schedule_of(config: PlanConfig, model: VLAConfig, listed: Mapping) -> Schedu
         warm_up=config.learner.warm_up if config.learner.advantage == "gae" else 0,
         evaluations=1 + config.iterations // config.evaluate_every if config.evaluate_every else 0,
         evaluated=len(held_out),
-        ticks=config.episode_share * listed["max_ticks"],
+        ticks=episode_share * listed["max_ticks"],
         chunk=model.chunk_length,
         tasks=len(config.tasks or listed["tasks"]),
         overlap=config.overlap,
     )
+
+
+def trained_shapes(config: TrainConfig, model: VLAConfig, *, prompt_tokens: int) -> Shapes:
+    """Of what the run trains."""
+    return shapes_of(
+        model,
+        dtype=DTYPES[config.dtype],
+        lora_rank=config.lora_rank,
+        freeze_vision=config.freeze_vision,
+        recompute=config.learner.recompute,
+        critic=config.learner.critic,
+        critic_rank=config.learner.critic_rank,
+        rows=config.learner.microbatch,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def disk_free_gb(folder: Path) -> float:
+    """GiB of the disk that the folder is on, or would be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free / GIB
 
 
 def longest_prompt(preprocessor: Preprocessor, instructions: Sequence[str]) -> int:
@@ -154,18 +167,20 @@ class Needs:
         """Of learner and server."""
         ranks, learner, server = self._config.ranks, self._placement.learner, self._placement.server
         reference = self._config.learner.loss.reference_weight > 0
-        learning = learner_bytes(self._shapes, reference=reference, averaged=self._averaged)
+        how = {"reference": reference, "averaged": self._averaged}
+        learning = ranks * learner_bytes(self._shapes, **how)
         serving = server_bytes(self._shapes, width=4 if server.memory_gb is None else 2)
-        if self._config.server_sleeps and server.memory_gb is not None:
-            serving = max(0, serving - self._shapes.saved_bytes)  # activations are gone when it wakes
+        if self._config.server_sleeps and server.memory_gb is not None and server.device == learner.device:
+            idle = ranks * learner_bytes(replace(self._shapes, saved_bytes=0), **how)
+            serving = max(0, idle + serving - learning)  # activations are gone when it wakes
         keeps = self._config.freeze_vision and self._config.learner.keep_images
         kept_width = DTYPES[self._config.dtype].itemsize * keeps
-        held = batch_bytes(self._model, self._schedule.decisions, kept_width=kept_width)
+        held = batch_bytes(self._model, self._schedule.decisions, kept_width=kept_width, reference=reference)
         where, there_gb = self._memory_of(learner.device, learner.memory_gb)
         serves, room_gb = self._memory_of(server.device, server.memory_gb)
         processes_gb = ranks * (self._base_gb + held / GIB)
         return [
-            Need(process="learner", where=where, gb=ranks * learning / GIB, room_gb=there_gb),
+            Need(process="learner", where=where, gb=learning / GIB, room_gb=there_gb),
             Need(process="its processes and batch", where=HOST, gb=processes_gb, room_gb=self._room_gb),
             Need(process="server", where=serves, gb=serving / GIB, room_gb=room_gb),
             Need(process="its process", where=HOST, gb=self._base_gb, room_gb=self._room_gb),
@@ -214,7 +229,7 @@ def minutes(config: PlanConfig, schedule: Schedule, prices: Prices, host: Host) 
         f" {1e3 * prices.decision_s:.1f} a decision"
     )
     if config.reward_model:
-        yield "left out: the reward model's own memory"
+        yield "left out: the reward model's own memory, on the learner's device"
     yield f"an iteration: {schedule.rollouts} episodes, {schedule.decisions} decisions"
     for name, seconds in rows_of(found):
         if name != "evaluate" or schedule.evaluations:

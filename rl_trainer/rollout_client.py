@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -9,6 +10,9 @@ from protos import episode_pb2, rollout_pb2, rollout_pb2_grpc
 from protos.channel import DEFAULT_DEADLINE_S, Credentials, dial
 from protos.episode_file import Episode
 from rl_trainer.patience import REPEATABLE, patiently
+
+NOBODY_S = 60.0
+"""How long work may wait while nobody has any, before that is said."""
 
 T = TypeVar("T")
 
@@ -89,3 +93,28 @@ class RolloutClient:
             patience_s=self._patience_s,
             passing=REPEATABLE,
         )
+
+
+class Idleness:
+    """Says so, once, where nobody takes the work that waits at a server's address."""
+
+    def __init__(self, address: str):
+        self._address = address
+        self.forget()
+
+    def forget(self) -> None:
+        """Waiting begins now."""
+        self._taken_s = time.monotonic()
+
+    def look(self, status: rollout_pb2.QueueStatus) -> None:
+        now_s = time.monotonic()
+        if status.leased or not status.waiting:
+            self._taken_s = now_s
+        elif now_s - self._taken_s > NOBODY_S:
+            workers = ", ".join(status.workers) or "none"
+            print(
+                f"nobody takes the {status.waiting} rollouts that wait at {self._address}; workers heard of:"
+                f" {workers} (python -m sim worker --server ... --suites ...)",
+                flush=True,
+            )
+            self._taken_s = float("inf")  # once is enough

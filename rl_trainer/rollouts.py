@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from protos import episode_pb2, rollout_pb2
 from protos.channel import Credentials
 from protos.episode_file import Episode
-from rl_trainer.rollout_client import RolloutClient
+from rl_trainer.rollout_client import Idleness, RolloutClient
 
 POLL_S = 0.25
 """How soon a finished episode is noticed."""
 LOOK_S = 5.0
 """How often the queue is asked what became of the rest."""
-NOBODY_S = 60.0
-"""How long work may wait while nobody has any, before that is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +54,13 @@ class RolloutQueue:
         self.run, self._newest = run, cursor
         self._client = RolloutClient(address, credentials, patience_s=patience_s)
         self._outstanding: dict[str, rollout_pb2.Rollout] = {}
-        self._taken_s = time.monotonic()
+        self._idleness = Idleness(address)
         self._waiting: dict[str, tuple[int, Episode]] = {}
         """by rollout: what was read before it was asked for; a life of the run that was killed asked, and will again"""
 
     @property
     def cursor(self) -> int:
         return min((sequence - 1 for sequence, _ in self._waiting.values()), default=self._newest)
-
-    @property
-    def outstanding(self) -> int:
-        """Rollouts that have not come in yet."""
-        return len(self._outstanding)
 
     def enqueue(self, rollouts: Sequence[rollout_pb2.Rollout]) -> None:
         """Asks for rollouts; their ids begin with the run's name and a slash."""
@@ -76,7 +69,8 @@ class RolloutQueue:
 
     def finished(self, *, check: Callable[[], None] = lambda: None) -> Iterator[Finished]:
         """Each outstanding rollout once, as it comes in, until none is left.  check() is called while there are."""
-        looked_s, self._taken_s = 0.0, time.monotonic()
+        looked_s = 0.0
+        self._idleness.forget()
         while self._outstanding:
             check()
             newest, episodes = self._client.read(self._newest, run=self.run)
@@ -90,6 +84,10 @@ class RolloutQueue:
                 looked_s = time.monotonic()
             elif not episodes:
                 time.sleep(POLL_S)
+
+    def forget_unasked(self) -> None:
+        """Drops what was read and is not asked for: by a life of the run that was told otherwise."""
+        self._waiting = {name: waiting for name, waiting in self._waiting.items() if name in self._outstanding}
 
     def commit(self, *, leave: bool = False) -> None:
         """Everything read so far is in a checkpoint: the server may delete it, but nothing newer.
@@ -116,24 +114,10 @@ class RolloutQueue:
         A server that was restarted has forgotten it; one whose disk is full says so, and the run with it.
         """
         status = self._client.status(self.run)
-        self._warn(status)
+        self._idleness.look(status)
         for aside in status.set_aside:
             rollout = self._outstanding.pop(aside.rollout.rollout_id, None)
             if rollout is not None:
                 yield Finished(rollout=rollout, episode=None, errors=tuple(aside.errors))
         if self._outstanding:
             self._client.enqueue(list(self._outstanding.values()))
-
-    def _warn(self, status: rollout_pb2.QueueStatus) -> None:
-        """Says so where nobody takes the work."""
-        now_s = time.monotonic()
-        if status.leased or not status.waiting:
-            self._taken_s = now_s
-        elif now_s - self._taken_s > NOBODY_S:
-            workers = ", ".join(status.workers) or "none"
-            print(
-                f"nobody takes the {status.waiting} rollouts that wait at {self._client.address}; workers heard of:"
-                f" {workers} (python -m sim worker --server ... --suites ...)",
-                flush=True,
-            )
-            self._taken_s = float("inf")  # once is enough

@@ -1,10 +1,12 @@
-"""Where a run stands, in one safetensors file written whole or not at all."""
+"""Where a run stands, in one safetensors file, and the models that it leaves: each written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,3 +54,20 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What save_state() wrote."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write to inside the block, which takes the place of `folder` as a whole when the block is done."""
+    fresh, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    for path in (*fresh.iterdir(), fresh):
+        sync(path)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

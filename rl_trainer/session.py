@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -32,20 +32,20 @@ from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors,
 from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode
 from rl_trainer.curriculum import Curriculum
-from rl_trainer.learner import Learner
-from rl_trainer.lessons import HELPERS, Lessons, interventions, successes
+from rl_trainer.learner import Learner, left_out
+from rl_trainer.lessons import HELPERS, Lesson, Lessons, interventions, successes
 from rl_trainer.metrics import Curve
 from rl_trainer.patience import Refusal
 from rl_trainer.publisher import Publisher
-from rl_trainer.reward_model import load_reward_model
-from rl_trainer.run_state import load_state, save_state
+from rl_trainer.rollout_client import Idleness
+from rl_trainer.run_state import load_state, replaced, save_state
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_config import SessionConfig
 from rl_trainer.session_report import film, write_session_report
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import Tally
-from rl_trainer.train import compute_device
+from rl_trainer.train import compute_device, reward_of
 from rl_trainer.train_config import differences, keep_record
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
@@ -100,21 +100,27 @@ def train_session(config: SessionConfig) -> None:
         run.close()
 
 
-def claim(config: SessionConfig) -> None:
-    """Makes the folder this session's own, or checks that it is the one to resume.  Raises ValueError."""
+def claim(config: SessionConfig) -> SessionConfig:
+    """Makes the folder this session's own, or checks that it is the one to resume; gives what to do.
+
+    A session keeps its id, wherever its folder is moved.  Raises ValueError.
+    """
     if config.resume != (config.out / STATE).exists():
         raise ValueError(f"{config.out} holds {'no session to resume' if config.resume else 'a session: add --resume'}")
+    begun_as = json.loads((config.out / RECORD).read_text())["session"] if config.resume else ""
+    config = replace(config, session=config.session or begun_as or config.session_id)
     if config.resume and (changed := differences(config.out / RECORD, config, but=FREE)):
         raise ValueError(f"{config.out} holds another session: {changed}")
     keep_record(config.out / RECORD, config, unsaid=("at",))
+    return config
 
 
 class SessionRun:
     """The trainer of one session."""
 
     def __init__(self, config: SessionConfig):
-        claim(config)
-        self.config, self.name, server = config, config.session_id, config.at.run_server
+        self.config = config = claim(config)
+        self.name, server = config.session, config.at.run_server
         self.learner, self.checkpoint = make_learner(config)
         self.client = SessionClient(server)
         self.publisher = Publisher(
@@ -127,13 +133,12 @@ class SessionRun:
         )
         reads = (self.checkpoint.config, self.checkpoint.tokenizer)
         self.reader = TrajectoryReader(*reads, unnorm_key=config.unnorm_key, limit_ends=True)  # as the gate counts
-        self.reward = None
-        if config.reward_model is not None:
-            self.reward = load_reward_model(config.reward_model, *reads, unnorm_key=config.unnorm_key)
+        self.reward = reward_of(config, self.checkpoint)
         self.curriculum = None
         if config.suite:
             cells = cells_of(catalogue(config.suite), config.tasks, config.split)
             self.curriculum = Curriculum(cells, config.curriculum, seed=config.seed)
+        self._idleness, self._set_aside = Idleness(server.address), set[str]()
         self.lessons = Lessons(config.lesson_capacity)
         self._trajectories: dict[str, list[Trajectory]] = {}
         """of the episodes in the pool"""
@@ -199,6 +204,8 @@ class SessionRun:
                 del state.pool[number], self._trajectories[number]
         state.counts["updates"] += 1
         self.curve.add(state.counts["updates"], **metrics, **self._spent())
+        if warning := left_out(metrics):
+            print(warning, flush=True)
         if self.learner.steps > steps:  # while the critic warms up the policy is the same
             state.version = UNNAMED
         self._save()
@@ -310,14 +317,16 @@ class SessionRun:
         self.state.cursor = newest
 
     def _learn_from(self, number: str, episode: Episode, *, pooled: bool) -> None:
-        """Its lessons are remembered, and its trajectories where it is in the pool."""
+        """Its lessons are remembered, and its trajectories where it is in the pool: none, if others drove all of it."""
+        taught, trajectories = list[Lesson](), list[Trajectory]()
         try:
-            self.lessons.add(interventions(episode, self.reader))
+            taught = interventions(episode, self.reader)
             trajectories = self.reader.read(episode)
         except RefusedEpisode as error:
-            print(f"not learned from: {error}", flush=True)
-            return
-        self.lessons.add(successes(trajectories))
+            if not taught or not self.config.learner.intervention_weight:
+                print(f"not learned from: {error}", flush=True)
+                return
+        self.lessons.add([*taught, *successes(trajectories)])
         if pooled:
             self._trajectories[number] = trajectories
 
@@ -347,6 +356,11 @@ class SessionRun:
         if self.curriculum is None:
             return
         queue = self.client.rollouts.status(self.name)
+        self._idleness.look(queue)
+        for error in [aside.errors[-1] for aside in queue.set_aside]:
+            if error not in self._set_aside:
+                print(f"practice is set aside that failed whenever it was tried: {error}", flush=True)
+                self._set_aside.add(error)
         missing = self.config.ahead - queue.waiting - queue.leased
         if missing <= 0:
             return
@@ -379,7 +393,8 @@ class SessionRun:
         self.state.counts["settled"] = self.state.counts["updates"]
 
     def _keep_weights(self, version: int) -> None:
-        save_lora(self.checkpoint.model, self.config.out / VERSIONS / str(version), base=self.config.model)
+        with replaced(self.config.out / VERSIONS / str(version)) as folder:
+            save_lora(self.checkpoint.model, folder, base=self.config.model)
 
     def _save(self) -> None:
         self.state.seconds = time.monotonic() - self._began_s
@@ -423,12 +438,14 @@ def make_learner(config: SessionConfig) -> tuple[Learner, Checkpoint]:
         apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
     else:
         load_lora(checkpoint.model, config.adapter)
+        if config.freeze_vision:
+            checkpoint.model.freeze_vision()
         if config.learner.loss.reference_weight:
             reference = load_checkpoint(config.model, **how).model
             load_lora(reference, config.adapter)
             merge_lora(reference)
     learner = Learner(checkpoint.model, config.learner, reference=reference, seed=config.seed)
-    if config.critic is not None:
+    if config.critic is not None and not config.resume:
         _, tensors = load_state(config.critic)
         critic = {name.removeprefix("critic."): t for name, t in tensors.items() if name.startswith("critic.")}
         learner.critic_optimizer.load(critic)

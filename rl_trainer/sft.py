@@ -7,8 +7,6 @@ curve.jsonl, tensorboard/, and state.safetensors, from which --resume goes on bi
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -33,7 +31,7 @@ from rl_trainer.metrics import Curve
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.plots import Draw, Row, lines, picture, write_png
 from rl_trainer.ranks import Ranks, launched, require_own_devices
-from rl_trainer.run_state import RunState
+from rl_trainer.run_state import RunState, replaced
 from rl_trainer.samples import Samples, collect_samples
 from rl_trainer.teacher import relabelled
 
@@ -353,22 +351,14 @@ class Run:
         self._checkpoint_s = self.clock.seconds
 
     def _save(self, name: str) -> None:
-        """Replaces the folder as a whole, so that a reader finds the old one or the new one."""
-        folder = self.config.out / name
-        fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if self.config.lora_rank:
-            save_lora(self.model, fresh, base=self.config.init)
-            # An adapter has no config.json to hold what its tokens mean; this is the name the published training uses.
-            statistics = {self.config.unnorm_key: self.model.config.norm_stats[self.config.unnorm_key]}
-            (fresh / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
-        else:
-            save_checkpoint(fresh, self.model, self.tokenizer)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replaced(self.config.out / name) as folder:
+            if self.config.lora_rank:
+                save_lora(self.model, folder, base=self.config.init)
+                # An adapter has no config.json for what its tokens mean; the published training uses this name.
+                statistics = {self.config.unnorm_key: self.model.config.norm_stats[self.config.unnorm_key]}
+                (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
+            else:
+                save_checkpoint(folder, self.model, self.tokenizer)
 
 
 def _objective(config: SftConfig, vla_config: VLAConfig) -> Objective:

@@ -30,7 +30,7 @@ from protos import episode_pb2, rollout_pb2
 from rl_trainer.curriculum import Cell, Curriculum
 from rl_trainer.devices import find_machine
 from rl_trainer.launch import RunServer, started_here
-from rl_trainer.learner import Learner
+from rl_trainer.learner import Learner, left_out
 from rl_trainer.live_view import LiveView
 from rl_trainer.metrics import Curve
 from rl_trainer.observer import Observer, Printer
@@ -42,6 +42,8 @@ from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import RewardAlarm
 from rl_trainer.reward_model import RewardModel, load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
+from rl_trainer.run_state import replaced
+from rl_trainer.session_config import SessionConfig
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import scalars_of, tally_of
@@ -115,7 +117,6 @@ def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint
     device = compute_device(config.device)
     checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
     if config.lora_rank:
-        checkpoint.model.requires_grad_(False)
         torch.manual_seed(config.seed)
         apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
     elif config.freeze_vision:
@@ -130,11 +131,18 @@ def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint
     return learner, checkpoint
 
 
-def reward_of(config: TrainConfig, checkpoint: Checkpoint) -> RewardModel | None:
-    """What judges the policy's observations, where the run has such a model."""
+def reward_of(config: TrainConfig | SessionConfig, checkpoint: Checkpoint) -> RewardModel | None:
+    """What judges the policy's observations, where there is such a model; on the learner's device."""
     if config.reward_model is None:
         return None
-    return load_reward_model(config.reward_model, checkpoint.config, checkpoint.tokenizer, unnorm_key=config.unnorm_key)
+    return load_reward_model(
+        config.reward_model,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        unnorm_key=config.unnorm_key,
+        device=compute_device(config.device),
+        dtype=config.dtype,
+    )
 
 
 def compute_device(asked: str) -> str:
@@ -233,6 +241,7 @@ class Run:
         coming = self.learner.iteration + 1
         if self.config.overlap and coming < self.config.iterations and not self._evaluation_due(coming):
             self._ask(coming)
+        self.queue.forget_unasked()
         trajectories = self._trajectories(finished)
         collected_s = self.seconds
         self._tell(lambda o: o.on_phase("learn"))
@@ -256,8 +265,9 @@ class Run:
             **scalars_of(finished, "train"),
         }
         row = self.curve.add(self.learner.iteration, **metrics, **self._spent())
-        if warning := self.alarm.observe(metrics["return"], metrics["success/train"]):
-            self._tell(lambda o: o.on_note(warning))
+        for warning in (left_out(metrics), self.alarm.observe(metrics["return"], metrics["success/train"])):
+            if warning:
+                self._tell(lambda o, warning=warning: o.on_note(warning))
         self._tell(lambda o: o.on_iteration(row))
 
     def _publish(self) -> None:
@@ -368,7 +378,6 @@ class Run:
         for item in self.queue.finished(check=self._check):
             finished[item.rollout.rollout_id] = item
             self._tell(lambda o, item=item: o.on_rollout(item))
-        self.state.cursor = self.queue.cursor
         return [finished[rollout.rollout_id] for rollout in rollouts]
 
     def _trajectories(self, finished: Sequence[Finished]) -> list[Trajectory]:
@@ -404,7 +413,7 @@ class Run:
     def _save(self) -> None:
         """The checkpoint, then the cursor: the server may delete what the checkpoint has taken in."""
         self._tell(lambda o: o.on_phase("save"))
-        self.state.seconds = self.seconds
+        self.state.seconds, self.state.cursor = self.seconds, self.queue.cursor
         self.state.curriculum, self.state.alarm = self.curriculum.state(), self.alarm.state()
         self.state.save(self.config.out / STATE, self.learner.state())
         self.queue.commit()
@@ -413,8 +422,7 @@ class Run:
 
     def _save_policy(self, name: str) -> None:
         """What is released, as a checkpoint or an adapter that a server can be given."""
-        folder = self.config.out / name
-        with self.learner.averaged():
+        with self.learner.averaged(), replaced(self.config.out / name) as folder:
             if self.config.lora_rank:
                 save_lora(self.checkpoint.model, folder, base=str(self.config.model))
             else:

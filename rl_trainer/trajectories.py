@@ -57,7 +57,8 @@ class Trajectory:
     observations: tuple[Prepared, ...]
     """T, each as the model read it, images in uint8"""
     after: Prepared | None
-    """observation after the last decision, to bootstrap from; None when the task ended there"""
+    """observation after the last decision, to bootstrap from: the trajectory was cut, or ran out of time; None when the
+    task ended there"""
     token_ids_TN: np.ndarray
     """int64"""
     logprobs_TN: np.ndarray
@@ -75,11 +76,6 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.observations)
-
-    @property
-    def terminal(self) -> bool:
-        """The task ended with the last decision; a trajectory that was cut, or ran out of time, is truncated."""
-        return self.after is None
 
 
 @dataclass(frozen=True, kw_only=True)

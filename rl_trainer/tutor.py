@@ -1,12 +1,12 @@
 """The lessons of one update: which of them each optimiser step draws, and their gradient.
 
 What is drawn is a function of (seed, iteration, step), for the whole batch at once: every rank computes its part of it.
-Shapes: B decisions of a pass, N = K*A action tokens.
+Shapes: B decisions of a pass, N = K*A action tokens, V action bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from policy_server.vla.model import VLA
 from rl_trainer.batching import Prompter
 from rl_trainer.lessons import KINDS, Lesson, LessonKind
-from rl_trainer.loss import Counts, Loss, clone_loss, token_logprobs
+from rl_trainer.loss import Counts, Loss, clone_loss, token_divergence, token_logprobs
 from rl_trainer.ranks import Ranks
 
 
@@ -82,12 +82,36 @@ class Tutor:
         total = self._ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
         return dict(zip(sums, total.tolist(), strict=True))
 
+    @torch.no_grad()
+    def logits(self, step: int) -> list[torch.Tensor]:
+        """float32 (B, N, V) each: of this rank's parts of what a step draws, kind by kind."""
+        return [self._scored(part)[0].float().cpu() for part in self._parts(step)]
+
+    @torch.no_grad()
+    def divergence(self, step: int, found: Sequence[torch.Tensor]) -> float:
+        """Of the policy from the one that had these logits, nats an action in the mean over what the step draws."""
+        model, sums = self._model, torch.zeros(2, dtype=torch.float64)
+        for part, found_BNV in zip(self._parts(step), found, strict=True):
+            logits_BNV, _, temperature_B, mask_BN = self._scored(part)
+            moved_BN = token_divergence(found_BNV.to(model.device), logits_BNV, temperature_B, mask_BN)
+            sums += torch.stack((moved_BN.sum(), mask_BN.sum() / model.config.action_dim)).cpu()
+        moved, actions = self._ranks.sum(sums).tolist()
+        return moved / actions
+
+    def _parts(self, step: int) -> Iterator[np.ndarray]:
+        for rows in self.drawn(step).values():
+            yield from self._prompts.parts(rows[self._ranks.part(len(rows))], self._microbatch)
+
     def _loss(self, part: np.ndarray, counts: Counts) -> Loss:
         """Of a part of what is drawn of one kind."""
+        logits_BNV, columns_BN, temperature_B, mask_BN = self._scored(part)
+        return clone_loss(token_logprobs(logits_BNV, columns_BN, temperature_B, mask_BN), mask_BN, counts=counts)
+
+    def _scored(self, part: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What token_logprobs() reads of some lessons: logits_BNV, columns_BN, temperature_B, mask_BN."""
         lessons, device = [self._lessons[row] for row in part], self._model.device
         ids_BN = torch.from_numpy(np.stack([lesson.token_ids_N for lesson in lessons])).to(device)
         mask_BN = torch.from_numpy(np.stack([lesson.mask_N for lesson in lessons])).to(device)
         temperature_B = torch.tensor([lesson.temperature for lesson in lessons], device=device)
         logits_BNV = self._model(self._prompts(part), ids_BN).logits_BNV
-        columns_BN = ids_BN - self._model.config.action_begin
-        return clone_loss(token_logprobs(logits_BNV, columns_BN, temperature_B, mask_BN), mask_BN, counts=counts)
+        return logits_BNV, ids_BN - self._model.config.action_begin, temperature_B, mask_BN

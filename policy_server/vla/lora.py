@@ -84,8 +84,12 @@ def save_lora(model: VLA, folder: Path | str, *, base: str = "") -> None:
 
 
 def load_lora(model: VLA, folder: Path | str) -> None:
-    """Adapts the layers an adapter names, with its weights.  Raises CheckpointError, and then changes nothing."""
+    """Adapts the layers an adapter names, with its weights, and freezes the rest.
+
+    Raises CheckpointError, and then changes nothing.
+    """
     file, layers = read_lora(model, folder), linears(model)
+    model.requires_grad_(False)
     model.language_model.unfuse()
     for name, matrices in file.matrices.items():
         # Copies: what was read may be a view of the file.

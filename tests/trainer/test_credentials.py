@@ -15,6 +15,7 @@ from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos.channel import Credentials
 from rl_trainer.doctor import check_server
+from rl_trainer.rollout_client import RolloutClient
 from rl_trainer.rollouts import RolloutQueue
 from rl_trainer.train_config import RECORD, TrainConfig, claim
 from tests.certificates import Authority
@@ -80,7 +81,7 @@ def test_a_token_for_one_service_is_shown_to_no_other(
 def test_a_run_asks_for_rollouts_as_a_trainer(server: RunningServer, shown: dict) -> None:
     queue = RolloutQueue(server.address, run="run", credentials=shown["trainer"])
     queue.enqueue([rollout(0)])
-    assert queue.outstanding == 1
+    assert RolloutClient(server.address, shown["trainer"]).status("run").waiting == 1
     with pytest.raises(ValueError, match="must be a token of role trainer or admin, got one of role robot"):
         RolloutQueue(server.address, run="run", credentials=shown["robot"]).enqueue([rollout(0)])
 

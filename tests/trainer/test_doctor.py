@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from policy_server.vla.checkpoint import load_config
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos.channel import free_port
 from rl_trainer import doctor as doctor_module
+from rl_trainer.costs import KEPT_VERSIONS, decision_bytes
 from rl_trainer.doctor import (
     DoctorConfig,
     Finding,
@@ -26,16 +28,17 @@ from rl_trainer.doctor import (
     check_server,
     check_statistics,
     doctor,
-    episode_bytes,
 )
+from rl_trainer.plan import trained_shapes
 from tests.server.running import RunningServer, serving
 
 WEIGHTS = "model.safetensors"
 
 
 def config_of(out: Path, model: Path, **changes) -> DoctorConfig:
-    settings = {"out": out / "not" / "there" / "yet", "suite": "robosuite", "model": str(model), "episodes": 10}
-    return DoctorConfig(**settings | changes)
+    settings = {"out": out / "not" / "there" / "yet", "suite": "robosuite", "model": str(model), "iterations": 1}
+    there = {"admin": "there:50052"} if "server" in changes else {}
+    return DoctorConfig(**settings | there | changes)
 
 
 def only(check: Callable, config: DoctorConfig) -> Finding:
@@ -110,23 +113,28 @@ def test_a_suite_that_cannot_be_built_here_is_found(tiny_vla: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("free", "verdict"), [(0.99, "FAIL"), (1.01, "warn"), (1.99, "warn"), (2.01, "ok")])
 def test_a_disk_that_the_run_would_fill_is_found(free: float, verdict: str, tiny_vla: Path, tmp_path: Path) -> None:
-    # The tiny model: a 32 px image and chunks of 2 actions, so that 520 ticks are 260 decisions and a last look.
-    config = config_of(tmp_path, tiny_vla, episodes=1000)
-    patient = Patient(config)
-    assert not isinstance(patient.model, str) and not isinstance(patient.checkpoint, str)
-    assert episode_bytes(patient.model) == 261 * (32 * 32 * 3 + 2048)
-    weights = 4 * 4 * sum(tensor.numel() for tensor in patient.checkpoint.model.state_dict().values())
-    need_gb = (1000 * 261 * 5120 + weights) / 2**30
-    assert need_gb == pytest.approx(1.25, abs=0.01)
-    finding = only(check_disk, config_of(tmp_path, tiny_vla, episodes=1000, free_gb=free * need_gb))
+    run, model = {"iterations": 20, "rollouts": 50, "evaluate_every": 0}, load_config(tiny_vla)
+    shapes = trained_shapes(config_of(tmp_path, tiny_vla), model, prompt_tokens=1)
+    # Chunks of 2 actions; robosuite's episodes last 300 ticks at most: 150 decisions and a last look.
+    stored = 1000 * 151 * decision_bytes(model) + KEPT_VERSIONS * shapes.published_bytes
+    # A state, twice while it is replaced, has masters, two moments and an average; beside it lie the last and the best.
+    saved = 2 * (12 + 4) * (shapes.trained + shapes.critic_trained) + 2 * shapes.weights_bytes
+    need_gb = (stored + saved) / 2**30
+    finding = only(check_disk, config_of(tmp_path, tiny_vla, **run, free_gb=free * need_gb))
     assert finding.verdict == verdict
     assert ("make room" in finding.text) == (verdict != "ok")
 
 
-def test_episodes_that_a_server_keeps_need_no_room_here(tiny_vla: Path, tmp_path: Path) -> None:
-    settings = {"episodes": 10**9, "free_gb": 0.1}
+def test_what_a_server_keeps_needs_no_room_here(tiny_vla: Path, tmp_path: Path) -> None:
+    settings = {"iterations": 10**6, "free_gb": 1.0}
     assert only(check_disk, config_of(tmp_path, tiny_vla, **settings)).verdict == "FAIL"
-    assert only(check_disk, config_of(tmp_path, tiny_vla, **settings, server="there:1")).verdict == "ok"
+    elsewhere = config_of(tmp_path, tiny_vla, **settings, server="there:1")
+    assert only(check_disk, elsewhere).verdict == "ok"
+
+
+def test_tasks_that_a_suite_has_not_are_found(tiny_vla: Path, tmp_path: Path) -> None:
+    finding = only(check_assets, config_of(tmp_path, tiny_vla, tasks=(99,)))
+    assert finding.verdict == "FAIL" and "tasks must be in" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -150,7 +158,7 @@ def test_a_broken_checkpoint_is_found(edit: Callable, told: str, broken: Path, t
 def test_a_file_cut_short_is_found(cut: str, broken: Path, tmp_path: Path) -> None:
     (broken / cut).write_bytes((broken / cut).read_bytes()[:100])
     assert only(check_checkpoint, config_of(tmp_path, broken)).verdict == "FAIL"
-    assert only(check_disk, config_of(tmp_path, broken)).verdict == "warn"
+    assert (only(check_disk, config_of(tmp_path, broken)).verdict == "warn") == (cut == "config.json")
 
 
 @pytest.mark.parametrize(

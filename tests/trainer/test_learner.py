@@ -20,7 +20,7 @@ from policy_server.vla.passes import DecodeInput
 from policy_server.vla.preprocessing import Prepared
 from rl_trainer.batching import Batch, Prompter
 from rl_trainer.critic import CriticKind
-from rl_trainer.learner import Learner
+from rl_trainer.learner import Learner, left_out
 from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.loss import Counts, LossConfig, token_divergence
 from rl_trainer.ranks import Ranks, launched
@@ -98,6 +98,25 @@ def test_the_ratio_is_1_on_fresh_data_and_not_after_a_step(tiny_vla: Path) -> No
     assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["update_kl"] == pytest.approx(0, abs=1e-6)
     again = learner.update(fresh, version=0)
     assert again["logprob_gap"] > 1e-3 and abs(again["ratio"] - 1) > 1e-6
+
+
+def test_an_adapters_dropout_makes_no_other_policy_of_the_one_that_played(tiny_vla: Path) -> None:
+    model = model_of(tiny_vla)
+    for parameter in apply_lora(model, rank=2, alpha=4, dropout=0.5):
+        torch.nn.init.normal_(parameter, std=0.1)
+    learner = Learner(model, replace(CONFIG, epochs=1, minibatch=64))
+    first = learner.update(trajectories_of(model), version=0)
+    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["update_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_whose_gradient_is_not_finite_is_left_out_and_said_to_be(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla, replace(CONFIG, normalise=False))
+    fresh, before = trajectories_of(learner.model), weights(learner.model)
+    metrics = learner.update(fresh, [np.full(len(one), np.nan) for one in fresh])
+    assert learner.steps == 0 and distance(weights(learner.model), before) == 0
+    assert (metrics["steps_left_out"], metrics["critic_steps_left_out"]) == (1, 1)
+    assert left_out(metrics).endswith("not finite: 100% of the steps of the critic, 100% of the steps of the policy")
+    assert not left_out(learner_of(tiny_vla).update(fresh))
 
 
 @pytest.mark.parametrize("critic", CRITICS)

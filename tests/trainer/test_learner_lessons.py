@@ -181,6 +181,40 @@ def test_lessons_alone_are_learned_from_where_no_trajectory_is_left(tiny_vla: Pa
     assert (learner.iteration, metrics["optimiser_steps"]) == (2, 8.0)
 
 
+def test_lessons_alone_move_the_policy_no_further_than_trajectories_may(tiny_vla: Path) -> None:
+    stopped, free = (learner_of(tiny_vla, replace(TAUGHT, epochs=20, target_kl=kl)) for kl in (1e-2, 0.0))
+    lessons = lessons_of(stopped)
+    metrics = [learner.update([], lessons=lessons) for learner in (stopped, free)]
+    assert metrics[0]["stopped_early"] == 1 and 1 <= stopped.steps < free.steps == 40
+    assert not metrics[1]["stopped_early"] and metrics[1]["update_kl"] > metrics[0]["update_kl"] > 0
+    assert not stopped.policy_optimizer.gradient_P.any()
+
+
+def test_the_divergence_over_lessons_is_that_of_their_actions(tiny_vla: Path) -> None:
+    learner = learner_of(tiny_vla)
+    lessons = lessons_of(learner)
+    tutor = tutor_of(learner, lessons, microbatch=3)
+    found, before = tutor.logits(0), scored_logits(learner, lessons)
+    assert tutor.divergence(0, found) == pytest.approx(0, abs=1e-6)
+    learner.update(trajectories_of(learner.model))
+    moved = sum(kl_by_hand(*pair) for pair in zip(lessons, before, scored_logits(learner, lessons), strict=True))
+    actions = sum(int(one.mask_N.sum()) for one in lessons) // learner.model.config.action_dim
+    assert tutor.divergence(0, found) == pytest.approx(moved / actions, rel=1e-4) and moved > 0
+
+
+def scored_logits(learner: Learner, lessons: list[Lesson]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [
+            learner.model(collate([one.observation]), torch.from_numpy(one.token_ids_N)[None]).logits_BNV[0]
+            for one in lessons
+        ]
+
+
+def kl_by_hand(lesson: Lesson, before_NV: torch.Tensor, after_NV: torch.Tensor) -> float:
+    p_NV, q_NV = ((logits_NV / lesson.temperature).log_softmax(-1) for logits_NV in (before_NV, after_NV))
+    return float((p_NV.exp() * (p_NV - q_NV)).sum(-1)[torch.from_numpy(lesson.mask_N)].sum())
+
+
 @pytest.mark.parametrize("config", [CONFIG, TAUGHT, replace(CONFIG, advantage="grpo")])
 def test_an_update_from_nothing_is_refused(tiny_vla: Path, config: LearnerConfig) -> None:
     learner = learner_of(tiny_vla, config)

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from policy_server.vla.checkpoint import load_checkpoint, load_config
+from policy_server.vla.config import nano_config
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from rl_trainer.__main__ import main
 from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajectories
-from rl_trainer.costs import GIB
+from rl_trainer.costs import GIB, Shapes
 from rl_trainer.learner import Learner
 from rl_trainer.learner_config import LearnerConfig
-from rl_trainer.plan import FREE, PlanConfig, compared, measured_of, minutes, plan, schedule_of
+from rl_trainer.placement import Place, Placement
+from rl_trainer.plan import FREE, Needs, PlanConfig, compared, measured_of, minutes, plan, schedule_of
 from rl_trainer.train_config import differences
-from tests.trainer.test_costs import HOST, PRICES, SCHEDULE
+from tests.trainer.test_costs import HOST, PRICES, SCHEDULE, STATISTICS
 
 LISTED = {
     "tasks": {"suite/0": "lift", "suite/1": "stack"},
@@ -41,14 +43,15 @@ def config_of(out: Path, model: Path | str = "nano", **changes) -> PlanConfig:
 
 def test_a_run_evaluates_before_it_begins_and_every_so_many_iterations(tiny_vla: Path, tmp_path: Path) -> None:
     model = load_config(tiny_vla)
-    schedule = schedule_of(config_of(tmp_path, episode_share=0.5), model, LISTED)
+    half = {"episode_share": 0.5}
+    schedule = schedule_of(config_of(tmp_path), model, LISTED, **half)
     assert (schedule.evaluations, schedule.evaluated, schedule.tasks) == (3, 4, 2)
     assert (schedule.ticks, schedule.chunk, schedule.decisions) == (150.0, 2, 750)
     assert schedule.warm_up == LearnerConfig().warm_up > 0
-    none = schedule_of(config_of(tmp_path, evaluate_every=0, tasks=(1,)), model, LISTED)
+    none = schedule_of(config_of(tmp_path, evaluate_every=0, tasks=(1,)), model, LISTED, **half)
     assert (none.evaluations, none.tasks) == (0, 1)
     relative = LearnerConfig(advantage="grpo")
-    assert schedule_of(config_of(tmp_path, group=2, learner=relative), model, LISTED).warm_up == 0
+    assert schedule_of(config_of(tmp_path, group=2, learner=relative), model, LISTED, **half).warm_up == 0
 
 
 def test_a_run_that_memory_or_disk_do_not_hold_is_refused_in_a_sentence(
@@ -67,6 +70,24 @@ def test_a_run_that_memory_or_disk_do_not_hold_is_refused_in_a_sentence(
     with pytest.raises(ValueError, match=r"of the memory of this machine, .* workers \d+"):
         plan(config_of(tmp_path / "run", tiny_vla, memory_gb=memory_gb))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_sleeps_shares_the_room_of_activations_on_the_learners_device_alone(tmp_path: Path) -> None:
+    shapes = Shapes(numbers=10**9, frozen=0, trained=10**9, width=4, trained_width=4, saved_bytes=20 * 10**9)
+
+    def server_gb(server: str, **changes) -> float:
+        of = {"environment": {}, "memory_gb": 80.0}
+        places = {"learner": "GPU 0", "server": server}
+        at = {name: Place(process=name, device=device, **of) for name, device in places.items()}
+        placement = Placement(**at, workers=(), scenes=1, worker_gb=1.0, notes=())
+        config = config_of(tmp_path, learner=LearnerConfig(), **changes)
+        needs = Needs(config, nano_config(STATISTICS), shapes, SCHEDULE, placement)
+        return next(need.gb for need in needs.computing() if need.process == "server")
+
+    awake = server_gb("GPU 0")
+    # While it sleeps 20 GB of activations lie there; while it is awake a state of 12 GB is saved.
+    assert server_gb("GPU 0", server_sleeps=True) == pytest.approx(awake - 8 * 10**9 / GIB)
+    assert server_gb("GPU 1", server_sleeps=True) == awake
 
 
 @pytest.mark.parametrize(

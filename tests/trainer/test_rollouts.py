@@ -13,7 +13,7 @@ import pytest
 
 from policy_server.episode_store import EpisodeStore
 from protos import episode_pb2, rollout_pb2
-from rl_trainer import rollouts
+from rl_trainer import rollout_client, rollouts
 from rl_trainer.patience import ServerGone
 from rl_trainer.rollouts import RolloutQueue
 from tests.server import messages
@@ -76,7 +76,7 @@ def test_every_rollout_comes_in_once_and_the_cursor_says_where_to_go_on(tmp_path
             finished = list(queue.finished())
             assert sorted(item.rollout.initial_state for item in finished) == [str(first + n) for n in range(3)]
             assert all(item.episode is not None and item.episode.decisions for item in finished)
-        assert queue.cursor == 6 and queue.outstanding == 0
+        assert queue.cursor == 6
         queue.commit()
         again = RolloutQueue(server.address, run="run", cursor=3)
         again.enqueue([rollout(4)])  # done already: it is read, not run again
@@ -97,6 +97,20 @@ def test_what_a_killed_life_of_the_run_had_asked_for_is_kept_until_it_is_asked_f
         again = RolloutQueue(server.address, run="run", cursor=2)
         again.enqueue(batches[1])
         assert [item.rollout for item in again.finished()] == batches[1] and again.cursor == 4
+
+
+def test_what_nobody_will_ask_for_holds_back_no_cursor(tmp_path: Path) -> None:
+    """A life of the run had asked for an evaluation, was killed, and goes on without evaluations."""
+    with serving(FakeModel(), episodes=tmp_path) as server:
+        RolloutQueue(server.address, run="run").enqueue([rollout(0), rollout(1), rollout(2)])
+        assert [work(server) for _ in range(3)] == [f"run/0/{number}" for number in range(3)]
+        resumed = RolloutQueue(server.address, run="run")
+        resumed.enqueue([rollout(1)])
+        assert [item.rollout for item in resumed.finished()] == [rollout(1)] and resumed.cursor == 0
+        resumed.enqueue([rollout(2)])
+        resumed.forget_unasked()
+        assert resumed.cursor == 2
+        assert [item.rollout for item in resumed.finished()] == [rollout(2)] and resumed.cursor == 3
 
 
 def test_another_runs_episodes_are_not_taken_in(tmp_path: Path) -> None:
@@ -121,7 +135,7 @@ def test_a_rollout_that_fails_three_times_comes_in_without_an_episode(tmp_path: 
 
 def test_work_that_nobody_takes_is_spoken_of_once(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(rollouts, "LOOK_S", 0.05)
-    monkeypatch.setattr(rollouts, "NOBODY_S", 0.2)
+    monkeypatch.setattr(rollout_client, "NOBODY_S", 0.2)
     with serving(FakeModel(), episodes=tmp_path) as server:
         queue = RolloutQueue(server.address, run="run")
         queue.enqueue([rollout(0)])

@@ -20,7 +20,7 @@ from policy_server.vla.lora import lora_tensors
 from policy_server.vla.model import collate
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
-from protos import episode_pb2, session_pb2
+from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode, read_episode
 from rl_trainer import session_client
 from rl_trainer.learner_config import LearnerConfig
@@ -278,6 +278,9 @@ def test_a_person_may_go_back_and_the_trainer_goes_too(tiny_vla: Path, tmp_path:
         ),
         ({"base_version": 3}, "adapter and base_version are given together"),
         ({"learner": LearnerConfig(average=0.9)}, "average must be 0"),
+        ({"learner": LearnerConfig(anneal=64)}, "anneal must be 0 in a session, .* got 64"),
+        ({"shaping": ShapingConfig(weight=0.5)}, "there is no reward_model"),
+        ({"adapter": Path("a"), "base_version": 1, "lora_rank": 4}, "lora_rank and lora_alpha are of a fresh adapter"),
     ],
 )
 def test_a_session_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -294,3 +297,60 @@ def test_a_session_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     claim(replace(config, resume=True, budget_episodes=10))
     with pytest.raises(ValueError, match="reuse was 1, got 5"):
         claim(replace(config, resume=True, reuse=5))
+
+
+def test_a_session_keeps_its_id_where_its_folder_is_moved(tmp_path: Path) -> None:
+    begun = claim(SessionConfig(out=tmp_path / "bowl"))
+    (tmp_path / "bowl" / STATE).touch()
+    (tmp_path / "bowl").rename(tmp_path / "cup")
+    moved = SessionConfig(out=tmp_path / "cup", resume=True)
+    assert claim(moved).session == claim(replace(moved, session="bowl")).session == begun.session == "bowl"
+    with pytest.raises(ValueError, match="session was 'bowl', got 'plate'"):
+        claim(replace(moved, session="plate"))
+
+
+def test_a_session_may_begin_with_an_adapter_and_trains_that_alone(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
+        config = config_of(tmp_path, tiny_vla, server)
+        with closing(SessionRun(config)) as run:
+            until_promoted(run)
+        begun = {"adapter": config.out / "versions" / "1", "base_version": 1, "lora_rank": SessionConfig.lora_rank}
+        with closing(SessionRun(replace(config, out=tmp_path / "next", **begun))) as run:
+            assert run.learner.policy_optimizer.masters_P.numel() == sum(
+                matrix.numel() for matrix in lora_tensors(run.checkpoint.model).values()
+            )
+            while not run.client.get("next").log:
+                assert run.step()
+            [offered] = run.client.get("next").log
+    assert offered.what == "offer"  # published with proof: the server's base is the learner's
+
+
+def test_episodes_that_others_drove_from_end_to_end_are_learned_from_too(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path, lambda start: True) as server:
+        config = config_of(tmp_path, tiny_vla, server)
+        taught = replace(config, learner=replace(config.learner, intervention_weight=1.0))
+        with closing(SessionRun(taught)) as run:
+            read = run.client.episodes
+            run.client.episodes = lambda *what: driven(*read(*what))
+            while run.state.candidate is None:
+                assert run.step()
+            assert run.lessons and not any(run._trajectories.values())
+            assert "intervention_nll" in run.curve.rows[-1] and "policy_loss" not in run.curve.rows[-1]
+
+
+def driven(newest: int, found: list[tuple[int, Episode]]) -> tuple[int, list[tuple[int, Episode]]]:
+    """By a person, who moved a little at each tick."""
+    for _, episode in found:
+        for tick in episode.ticks:
+            tick.source = episode_pb2.SOURCE_HUMAN
+            tick.action[0] = 0.5
+    return newest, found
+
+
+def test_practice_that_fails_whenever_it_is_tried_is_spoken_of(tiny_vla: Path, tmp_path: Path, capsys) -> None:
+    with lab(tiny_vla, tmp_path) as server, closing(SessionRun(config_of(tmp_path, tiny_vla, server))) as run:
+        broken = rollout_pb2.SetAside(errors=["the scene cannot be built", "the scene cannot be built"])
+        run.client.rollouts.status = lambda run: rollout_pb2.QueueStatus(waiting=4, set_aside=[broken, broken])
+        run._ask_for_practice()
+        run._ask_for_practice()
+    assert capsys.readouterr().out.count("the scene cannot be built") == 1

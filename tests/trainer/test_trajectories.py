@@ -63,7 +63,7 @@ def test_a_decision_of_which_nothing_was_executed_is_left_out(read) -> None:
     [trajectory] = read(ticks(0, "pppp"), ticks(2, "pp"))
     assert numbers(trajectory) == [0, 2]
     assert trajectory.token_ids_TN[:, 0].tolist() == [512, 514]
-    assert trajectory.terminal
+    assert trajectory.after is None
 
 
 def test_tokens_of_skipped_actions_are_scored_but_not_counted_as_time(read) -> None:
@@ -99,7 +99,7 @@ def test_images_stay_uint8(read, config: VLAConfig) -> None:
 def test_success_is_paid_to_the_last_decision_and_nothing_follows_it(read) -> None:
     [trajectory] = read(ticks(0, "pppp"), ticks(1, "pp"))
     assert trajectory.rewards_T.tolist() == [0, 1]
-    assert trajectory.terminal and bootstrap(trajectory) is None
+    assert trajectory.after is None and bootstrap(trajectory) is None
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -107,13 +107,13 @@ def test_out_of_time_is_no_termination(read, terminal: bool) -> None:
     """Defect 6: when time ran out the final observation is there to bootstrap from; when the task failed it is not."""
     [trajectory] = read(ticks(0, "pppp"), outcome=episode_pb2.OUTCOME_FAILURE, terminal=terminal)
     assert trajectory.rewards_T.tolist() == [0]
-    assert trajectory.terminal is terminal
+    assert (trajectory.after is None) is terminal
     assert bootstrap(trajectory) == (None if terminal else fake.FINAL)
 
 
 def test_where_success_in_time_is_asked_for_nothing_comes_after_it(read) -> None:
     [trajectory] = read(ticks(0, "pppp"), outcome=episode_pb2.OUTCOME_FAILURE, terminal=False, limit_ends=True)
-    assert trajectory.terminal and bootstrap(trajectory) is None and not trajectory.rewards_T.any()
+    assert trajectory.after is None and bootstrap(trajectory) is None and not trajectory.rewards_T.any()
 
 
 def test_a_takeover_cuts_and_the_success_of_a_human_is_not_the_policys(read) -> None:
@@ -130,14 +130,14 @@ def test_a_decision_that_somebody_else_interfered_with_is_refused(read, somebody
     before, after = read(ticks(0, "pppp"), ticks(1, pattern.format(somebody, somebody)), ticks(2, "pp"))
     assert numbers(before) == [0] and numbers(after) == [2]
     assert bootstrap(before) == 10 and before.rewards_T.tolist() == [0]
-    assert after.terminal and after.rewards_T.tolist() == [1]
+    assert after.after is None and after.rewards_T.tolist() == [1]
     assert not before.whole and not after.whole
 
 
 def test_a_hold_cuts_and_both_sides_are_learned_from(read) -> None:
     before, after = read(ticks(0, "pppp"), ticks(0, "hh", first=4), ticks(1, "pppp"), ticks(2, "p"))
     assert numbers(before) == [0] and numbers(after) == [1, 2]
-    assert bootstrap(before) == 10 and not before.terminal
+    assert bootstrap(before) == 10 and before.after is not None
     assert before.ticks_T.tolist() == [4] and after.ticks_T.tolist() == [4, 1]
     assert after.rewards_T.tolist() == [0, 1]
     assert not before.whole and not after.whole
@@ -145,7 +145,7 @@ def test_a_hold_cuts_and_both_sides_are_learned_from(read) -> None:
 
 def test_an_episode_that_ends_while_the_arm_holds_ends_as_it_stands(read) -> None:
     [trajectory] = read(ticks(0, "pppp"), ticks(1, "pppp"), ticks(1, "hh", first=4))
-    assert trajectory.terminal and trajectory.rewards_T.tolist() == [0, 1]
+    assert trajectory.after is None and trajectory.rewards_T.tolist() == [0, 1]
 
 
 def test_a_hold_before_the_first_answer_changes_nothing(read) -> None:

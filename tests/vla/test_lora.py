@@ -90,6 +90,14 @@ def test_only_the_adapter_is_trained(nano: Checkpoint, prompts: Prompts):
     assert any(tensor.abs().max() > 0 for name, tensor in lora_tensors(adapted).items() if "lora_B" in name)
 
 
+def test_of_a_model_with_a_loaded_adapter_only_the_adapter_is_trained(nano: Checkpoint, tmp_path: Path):
+    save_lora(randomised(nano.model, rank=3, alpha=5), tmp_path)
+    loaded = copy.deepcopy(nano.model).requires_grad_(True)
+    load_lora(loaded, tmp_path)
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in loaded.named_parameters() if name.endswith((".lora_A", ".lora_B"))} != set()
+
+
 def test_an_adapter_of_the_decoder_alone_leaves_image_tokens_as_they_are(nano: Checkpoint, tmp_path: Path):
     adapted = copy.deepcopy(nano.model)
     parameters = apply_lora(adapted, rank=4, alpha=8, vision=False)

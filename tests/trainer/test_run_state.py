@@ -1,0 +1,24 @@
+"""What a run leaves is whole or as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rl_trainer.run_state import replaced
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    for content in ("first", "second"):
+        with replaced(folder) as fresh:
+            (fresh / content).write_text(content)
+        assert [path.name for path in folder.iterdir()] == [content]
+    with pytest.raises(KeyboardInterrupt), replaced(folder) as fresh:
+        (fresh / "third").write_text("half of")
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    with replaced(folder) as fresh:
+        assert not any(fresh.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
