@@ -24,6 +24,7 @@ from protos import admin_pb2, admin_pb2_grpc, episode_pb2, policy_pb2, rollout_p
 from protos.episode_file import Episode, read_episode
 from rl_trainer.learner import Learner
 from rl_trainer.learner_config import LearnerConfig
+from rl_trainer.optimizer import Optimizer
 from rl_trainer.publisher import Publisher
 from rl_trainer.report import Reporter
 from rl_trainer.train import Run, train
@@ -266,7 +267,7 @@ def test_a_run_that_fails_within_an_update_does_not_wait_for_its_other_ranks(
             run(tmp_path, tiny_vla, ranks=2, iterations=1, evaluate_every=0)
         ended.append(True)
 
-    monkeypatch.setattr(Learner, "_step", fail)
+    monkeypatch.setattr(Optimizer, "step", fail)
     ended: list[bool] = []
     # In a thread: no signal, and so no time limit, reaches one that waits in a collective call.
     thread = threading.Thread(target=go, daemon=True)
