@@ -30,8 +30,7 @@ from policy_server.vla.checkpoint import (
 from policy_server.vla.config import VLAConfig
 from protos import policy_pb2, policy_pb2_grpc
 from protos.channel import dial, tls_trouble
-from rl_trainer.costs import GIB, disk_bytes
-from rl_trainer.plan import disk_free_gb, schedule_of, trained_shapes
+from rl_trainer.plan import disk_free_gb, disk_need_gb, schedule_of, trained_shapes
 from rl_trainer.suite import cells_of
 from rl_trainer.train_config import TrainConfig
 
@@ -196,11 +195,10 @@ def check_disk(patient: Patient) -> Iterator[Finding]:
         return
     schedule = schedule_of(config, patient.model, listed, episode_share=1.0)
     shapes = trained_shapes(config, patient.model, prompt_tokens=1)
-    averaged, serves = config.learner.average > 0, not config.server
-    need_gb = disk_bytes(patient.model, shapes, schedule=schedule, averaged=averaged, serves=serves) / GIB
+    need_gb = disk_need_gb(config, patient.model, shapes, schedule)
     free_gb = disk_free_gb(config.out) if config.free_gb is None else config.free_gb
     verdict = "FAIL" if free_gb < need_gb else "warn" if free_gb < ROOM * need_gb else "ok"
-    kept = "episodes, versions and checkpoints" if serves else "checkpoints"
+    kept = "checkpoints" if config.server else "episodes, versions and checkpoints"
     text = f"{free_gb:.1f} GiB free for --out, at most {need_gb:.1f} needed for {kept}"
     if verdict != "ok":
         text += "; make room, take another --out, or fewer iterations or rollouts"

@@ -139,6 +139,12 @@ def trained_shapes(config: TrainConfig, model: VLAConfig, *, prompt_tokens: int)
     )
 
 
+def disk_need_gb(config: TrainConfig, model: VLAConfig, shapes: Shapes, schedule: Schedule) -> float:
+    """GiB that the run leaves behind, where it writes."""
+    averaged, serves = config.learner.average > 0, not config.server
+    return disk_bytes(model, shapes, schedule=schedule, averaged=averaged, serves=serves) / GIB
+
+
 def disk_free_gb(folder: Path) -> float:
     """GiB of the disk that the folder is on, or would be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
@@ -158,7 +164,7 @@ class Needs:
         self._schedule, self._placement = schedule, placement
         self._room_gb = find_machine().memory_gb if config.memory_gb is None else config.memory_gb
         self._averaged = config.learner.average > 0
-        self._disk_gb = disk_bytes(model, shapes, schedule=schedule, averaged=self._averaged) / GIB
+        self._disk_gb = disk_need_gb(config, model, shapes, schedule)
         self._free_gb = disk_free_gb(config.out) if config.free_gb is None else config.free_gb
         self._base_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         """of a process that has loaded torch, as this one has"""

@@ -131,8 +131,12 @@ class SessionRun:
             credentials=server.credentials,
             admin_credentials=server.admin_credentials,
         )
-        reads = (self.checkpoint.config, self.checkpoint.tokenizer)
-        self.reader = TrajectoryReader(*reads, unnorm_key=config.unnorm_key, limit_ends=True)  # as the gate counts
+        self.reader = TrajectoryReader(
+            self.checkpoint.config,
+            self.checkpoint.tokenizer,
+            unnorm_key=config.unnorm_key,
+            limit_ends=True,  # as the gate counts
+        )
         self.reward = reward_of(config, self.checkpoint)
         self.curriculum = None
         if config.suite:

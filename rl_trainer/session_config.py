@@ -142,13 +142,13 @@ class SessionConfig:
             raise ValueError(f"temperature must be above 0, since greedy choices teach nothing, got {self.temperature}")
         if (self.reward == "outcome") != (self.reward_model is None):
             raise ValueError(f"reward_model is for the rewards process and both, got {self.reward!r}")
-        if self.reward_model is None and self.shaping != ShapingConfig():
-            raise ValueError("shaping is of a reward model's progress: there is no reward_model")
+        self.shaping.require_model(self.reward_model)
         if self.reward != "outcome" and self.shaping.rule == "none":
             raise ValueError(f"shaping.rule must be potential or paper for the reward {self.reward!r}, got 'none'")
         if (self.adapter is None) != (self.base_version == 0):
             raise ValueError("adapter and base_version are given together: the trainer must hold what the server does")
-        if self.adapter is not None and (self.lora_rank, self.lora_alpha) != (SessionConfig.lora_rank, 32.0):
+        fresh = (SessionConfig.lora_rank, SessionConfig.lora_alpha)
+        if self.adapter is not None and (self.lora_rank, self.lora_alpha) != fresh:
             raise ValueError("lora_rank and lora_alpha are of a fresh adapter: --adapter has its own")
         if self.learner.anneal:
             raise ValueError(

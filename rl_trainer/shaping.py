@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,11 @@ class ShapingConfig:
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight must be above 0, got {self.weight}; rule none adds nothing")
+
+    def require_model(self, reward_model: Path | None) -> None:
+        """Raises ValueError where shaping is asked for, and no reward model is given."""
+        if reward_model is None and self != ShapingConfig():
+            raise ValueError("shaping is of a reward model's progress: there is no reward_model")
 
 
 def shaped_rewards(

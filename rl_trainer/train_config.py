@@ -128,8 +128,7 @@ class TrainConfig:
         for name in GIVEN_THERE if self.server else ():
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} is for a server and workers started here: say it to those at {self.server}")
-        if self.reward_model is None and self.shaping != ShapingConfig():
-            raise ValueError("shaping is of a reward model's progress: there is no reward_model")
+        self.shaping.require_model(self.reward_model)
         if not self.server and self.device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device must be cpu, cuda or auto where the run is placed, got {self.device!r}")
 
