@@ -8,9 +8,9 @@ asks `judge` after every finished episode, and stops at the first verdict that i
     promote      it does not succeed less often by `margin` or more
     undecided    neither was shown in `max_episodes` of its episodes: it is dropped, and the live version stays
 
-Each finding refutes its opposite by an e-process.  The i-th episode of the one version is paired with the i-th of the
-other, in the order in which they began; whichever is ahead waits.  Of two versions a and b, and of the hypothesis H0
-that their success probabilities obey a <= b - margin, evidence is multiplied, for each pair, by
+Each finding refutes its opposite by an e-process.  In the order in which they began, an episode is paired with the
+last one of the other version that has no pair yet; where there is none, it waits.  Of two versions a and b, and of the
+hypothesis H0 that their success probabilities obey a <= b - margin, evidence is multiplied, for each pair, by
 
     P(outcome of a) P(outcome of b) / Q(outcome of a) Q(outcome of b)
 
@@ -20,7 +20,8 @@ If H0 is true, this factor is expected to be 1 at most, whatever P is: the evide
 1, so that by Ville's inequality it comes to 1 / error, ever, with a probability of at most `error`: however often one
 looks, and whenever one stops.  What is assumed: episodes are independent, and H0 holds in every pair, though the two
 probabilities may drift from pair to pair.  With several robots that holds in the order in which episodes began, not
-ended: a failure takes longer.  A share far from one half leaves many episodes without a pair.
+ended: a failure takes longer.  Who has a pair follows from chance alone, and pairs are neighbours for the most part: a
+share far from one half leaves old episodes without a pair, and pairs none of today's with one of long ago.
 
 An episode that ended as an error is no success.
 
@@ -239,7 +240,7 @@ class Comparison:
         counted = replace(self, **{whose: getattr(self, whose).plus(trial)})
         if lead == 0 or (lead > 0) == of_candidate:
             return replace(counted, waiting=(*self.waiting, trial))
-        other, *waiting = self.waiting
+        *waiting, other = self.waiting
         candidate, live = (trial, other) if of_candidate else (other, trial)
         return replace(
             counted,

@@ -1,9 +1,8 @@
-"""The gate's laws: evidence as computed by hand, errors at most as stated, and pairs that hang on no alternation."""
+"""The gate's laws: evidence as computed by hand, errors at most as stated, and neighbours paired."""
 
 from __future__ import annotations
 
 import itertools
-import random
 
 import numpy as np
 import pytest
@@ -93,23 +92,32 @@ def test_nothing_is_shown_while_one_of_the_two_has_no_episode():
     assert judged([], trials(most, most, clips=90)).verdict == judged(trials(99, 99), []).verdict == "open"
 
 
-def shares(this: Trial, other: Trial, p_live: float, p_candidate: float) -> dict[str, float]:
-    """Verdict -> share of STREAMS streams that end with it, judged after every episode: `this` with probability p."""
+def shares(
+    this: Trial, other: Trial, p_live: float, p_candidate: float, *, rule: GateRule = RULE, drift: float = 0.0
+) -> dict[str, float]:
+    """Verdict -> share of STREAMS streams that end with it, judged after every episode: `this` with probability p.
+
+    drift: what both p have gained in the end, after 300 episodes.
+    """
     rng = np.random.default_rng(0)
-    ends = [first_verdict((this, other), (p_live, p_candidate), rng) for _ in range(STREAMS)]
+    ends = [first_verdict((this, other), (p_live, p_candidate), rng, rule, drift) for _ in range(STREAMS)]
     return {verdict: ends.count(verdict) / STREAMS for verdict in ("promote", "roll back", "undecided")}
 
 
-def first_verdict(kinds: tuple[Trial, Trial], p_2: tuple[float, float], rng: np.random.Generator) -> str:
-    comparison = Comparison.under(RULE)
-    while (verdict := judge(RULE, comparison).verdict) == "open":
-        whose = takes_candidate(RULE, rng.random())
-        comparison = comparison.plus(kinds[rng.random() >= p_2[whose]], of_candidate=whose)
+def first_verdict(
+    kinds: tuple[Trial, Trial], p_2: tuple[float, float], rng: np.random.Generator, rule: GateRule, drift: float
+) -> str:
+    comparison = Comparison.under(rule)
+    while (verdict := judge(rule, comparison).verdict) == "open":
+        whose = takes_candidate(rule, rng.random())
+        gained = drift * min((comparison.live.ended + comparison.candidate.ended) / 300, 1)
+        comparison = comparison.plus(kinds[rng.random() >= p_2[whose] + gained], of_candidate=whose)
     return verdict
 
 
-def successes(p_live: float, p_candidate: float) -> dict[str, float]:
-    return shares(Trial(success=True, ticks=100), Trial(success=False, ticks=100), p_live, p_candidate)
+def successes(p_live: float, p_candidate: float, *, rule: GateRule = RULE, drift: float = 0.0) -> dict[str, float]:
+    succeeds, fails = (Trial(success=success, ticks=100) for success in (True, False))
+    return shares(succeeds, fails, p_live, p_candidate, rule=rule, drift=drift)
 
 
 def stuck(p_live: float, p_candidate: float) -> dict[str, float]:
@@ -233,19 +241,23 @@ def test_what_is_shown_by_the_last_episode_counts():
     assert judged(trials(4, 40), trials(36, 40), rule).verdict == "promote"
 
 
-def test_how_the_two_versions_alternate_does_not_matter():
-    """Each one's own order does: the i-th episode of the one is paired with the i-th of the other."""
-    live = trials(12, 30) + trials(2, 8, clips=40) + [Trial(success=True, intervened=True, ticks=90, holds=3)]
-    candidate = trials(3, 9, clips=12) + trials(3, 6, clips=70)
-    expected = judged(live, candidate)
-    for seed in range(20):
-        turns = [False] * len(live) + [True] * len(candidate)
-        random.Random(seed).shuffle(turns)
-        left, comparison = (iter(live), iter(candidate)), Comparison.under(RULE)
-        for whose in turns:
-            comparison = comparison.plus(next(left[whose]), of_candidate=whose)
-        assert judge(RULE, comparison) == expected
-        assert len(comparison.waiting) == len(live) - len(candidate)
+def test_neighbours_are_paired_and_what_came_long_before_waits():
+    """After twenty failures of the live version, whose turn it was, both succeed in turn."""
+    old, turns = trials(0, 20), trials(10, 10)
+    comparison = Comparison.under(RULE)
+    for trial in old:
+        comparison = comparison.plus(trial, of_candidate=False)
+    for trial in turns:
+        comparison = comparison.plus(trial, of_candidate=False).plus(trial, of_candidate=True)
+    alone = judged(turns, turns)
+    assert (comparison.as_good.e, comparison.worse.e) == (alone.promote_e, alone.rollback_e)
+    assert comparison.waiting == tuple(old)
+
+
+def test_where_success_drifts_the_errors_are_as_stated_whatever_the_share():
+    few = GateRule(share=0.2)
+    assert successes(0.25, 0.1, rule=few, drift=0.6)["promote"] <= few.promote_error
+    assert successes(0.85, 0.85, rule=few, drift=-0.6)["roll back"] <= few.rollback_error
 
 
 def test_the_reason_has_the_numbers():
