@@ -71,6 +71,7 @@ async def _serve(config: ServeConfig, model: Model, guard: Guard) -> None:
         queue=config.queue,
         store=store,
         episode_idle_s=config.episode_idle_s,
+        session_episode_s=config.session_episode_s,
         lease_s=config.lease_s,
         client_episodes=config.client_episodes,
         client_calls=config.client_calls,

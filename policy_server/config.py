@@ -14,6 +14,7 @@ from policy_server.calls import DEFAULT_CALLS
 from policy_server.episodes import DEFAULT_CLIENT_EPISODES
 from policy_server.logs import LogFormat
 from policy_server.rollout_queue import DEFAULT_LEASE_S
+from policy_server.sessions import DEFAULT_EPISODE_S
 from policy_server.version_store import DEFAULT_KEEP_VERSIONS
 from policy_server.versions import DEFAULT_ADAPTER_SLOTS
 from protos.channel import DEFAULT_PORT, is_loopback
@@ -85,6 +86,10 @@ class ServeConfig:
     episode_idle_s: float = 600.0
     """An episode that was silent for longer is closed as an error; a session's later ones are counted after that."""
 
+    session_episode_s: float = DEFAULT_EPISODE_S
+    """An episode of a session that is under way for longer is counted as an error, and later ones wait for it no
+    more."""
+
     client_episodes: int = DEFAULT_CLIENT_EPISODES
     """Most episodes that one client, an address, may have open; more are refused with a hint when to retry.  Each holds
     its last request in memory, for the live page."""
@@ -132,7 +137,8 @@ class ServeConfig:
 
     keep_versions: int = DEFAULT_KEEP_VERSIONS
     """How many of the newest published versions to keep.  Kept besides: the live one and the one that it was trained
-    from, those in memory (of open episodes, or used lately), and those that outstanding work names."""
+    from, those in memory (of open episodes, or used lately), those that outstanding work names, and of a session those
+    that were live in it; of one that is over, what it began with and what it led to."""
 
     adapter_slots: int = DEFAULT_ADAPTER_SLOTS
     """Most adapters kept on the device though no open episode uses them; the least recently used goes first."""
@@ -194,5 +200,7 @@ class ServeConfig:
             raise ValueError(f"adapter_slots must not be negative, got {self.adapter_slots}")
         if not self.episode_idle_s > 0:
             raise ValueError(f"episode_idle_s must be positive, got {self.episode_idle_s}")
+        if not self.session_episode_s > 0:
+            raise ValueError(f"session_episode_s must be positive, got {self.session_episode_s}")
         if not self.lease_s > 0:
             raise ValueError(f"lease_s must be positive, got {self.lease_s}")

@@ -279,19 +279,25 @@ class Episodes:
         ticks: Iterable[episode_pb2.Tick],
         *,
         by_server: bool = False,
+        silent: bool = False,
     ) -> None:
-        """Ends an episode; by_server: its client has not asked for it.  Raises EpisodeLost when it cannot be stored."""
+        """Ends an episode; by_server: its client has not asked for it; silent: nor for anything else, for too long.
+
+        Raises EpisodeLost when it cannot be stored.
+        """
         episode_id = episode.start.episode_id
         if episode_id not in self._open:  # a decision that was under way has lost it
             self.ended_as(episode_id)
-        told = self._claim_rollout(episode, end) and not by_server  # by its client, how it ended
+        # What the server ended tells a session nothing, unless its version may have brought a robot to silence.
+        silenced = silent and episode.decisions > 0 and episode.lease is None
+        tells = self._claim_rollout(episode, end) and (silenced or not by_server)
         sequence = 0
         try:
             episode.executed(ticks)
             if self._store is not None and episode.writer is not None:
-                sequence = await asyncio.to_thread(self._finish, self._store, episode, end, told)
+                sequence = await asyncio.to_thread(self._finish, self._store, episode, end, tells)
         except Exception as error:  # whatever it was, the file is not whole
-            raise self.lose(episode, error) from error
+            raise await self.lose(episode, error) from error
         self.ended[end.outcome] += 1
         if episode.lease is not None and end.outcome == episode_pb2.OUTCOME_ERROR:
             self._rollouts.fail(episode.lease, end.message)
@@ -301,7 +307,7 @@ class Episodes:
         self._forget(episode, functools.partial(OutOfOrder, refusal, field="episode_id") if by_server else sequence)
         log.info("episode ended", extra=_record(episode, end) | {"sequence": sequence})
 
-    def lose(self, episode: Episode, error: Exception) -> EpisodeLost:
+    async def lose(self, episode: Episode, error: Exception) -> EpisodeLost:
         """Closes an episode whose file takes no more records: it will never be whole."""
         foreseen = isinstance(error, OSError)
         why = error.strerror if foreseen else "the server failed, and its log says why"
@@ -319,20 +325,20 @@ class Episodes:
         lost = functools.partial(EpisodeLost, f"the episode could not be stored and is lost: {why}", field="episode_id")
         if episode.lease is not None:
             self._rollouts.fail(episode.lease, str(lost()))
-        if self._sessions is not None and episode.start.session_id:
-            self._sessions.leave_out(episode.start)
         self._forget(episode, lost)
+        if self._sessions is not None and episode.start.session_id:
+            await asyncio.to_thread(self._sessions.leave_out, episode.start)
         return lost()
 
-    def _finish(self, store: EpisodeStore, episode: Episode, end: episode_pb2.EpisodeEnd, told: bool) -> int:
-        """Stores an episode, then counts it in its session if its client told its end; gives its number.
+    def _finish(self, store: EpisodeStore, episode: Episode, end: episode_pb2.EpisodeEnd, tells: bool) -> int:
+        """Stores an episode, then counts it in its session if it tells something of its version; gives its number.
 
         Raises OSError.
         """
         assert episode.writer is not None
         sequence = store.finish(episode.writer, end)
         if self._sessions is not None and episode.start.session_id:
-            if told:
+            if tells:
                 self._sessions.end(episode.start, end.outcome, episode.moved)
             else:
                 self._sessions.leave_out(episode.start)

@@ -34,7 +34,7 @@ from policy_server.rollout_queue import DEFAULT_LEASE_S, RolloutQueue
 from policy_server.rollout_service import RolloutService
 from policy_server.service import PolicyService
 from policy_server.session_service import SessionService
-from policy_server.sessions import Sessions
+from policy_server.sessions import DEFAULT_EPISODE_S, Sessions
 from policy_server.version_store import Kind, VersionStore
 from policy_server.versions import DEFAULT_ADAPTER_SLOTS, Versions
 from policy_server.watch import Watch
@@ -89,9 +89,10 @@ class PolicyServer:
     """Built cold; start() listens, warm_up() serves, drain() lets episodes end, stop() finishes what is in flight.
 
     port 0 takes a free one.  `store` None keeps no episodes.  Episodes that are silent for episode_idle_s are closed
-    as errors; a lease that is not renewed for lease_s is lost.  `versions` None knows only the version it starts with,
-    and has no admin service; admin_port None has none either.  `guard` None lets everybody in.  openpi_keys: camera,
-    state or prompt -> where an openpi robot's observation has it, if elsewhere than LIBERO's.
+    as errors; a session waits for none longer than session_episode_s; a lease that is not renewed for lease_s is lost.
+    `versions` None knows only the version it starts with, and has no admin service; admin_port None has none either.
+    `guard` None lets everybody in.  openpi_keys: camera, state or prompt -> where an openpi robot's observation has
+    it, if elsewhere than LIBERO's.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class PolicyServer:
         queue: int,
         store: EpisodeStore | None,
         episode_idle_s: float,
+        session_episode_s: float = DEFAULT_EPISODE_S,
         lease_s: float = DEFAULT_LEASE_S,
         client_episodes: int = DEFAULT_CLIENT_EPISODES,
         client_calls: int = DEFAULT_CALLS,
@@ -121,7 +123,7 @@ class PolicyServer:
         self._guard = guard or Guard(Access())
         self._model = model
         self._store, self._version_store = store, versions
-        self._idle_s = episode_idle_s
+        self._idle_s, self._session_episode_s = episode_idle_s, session_episode_s
         rollouts = RolloutQueue(done=store.counted_rollouts() if store is not None else (), lease_s=lease_s)
         self._work = rollouts
         self._sessions = None
@@ -360,7 +362,13 @@ class PolicyServer:
         )
 
     async def _expire(self) -> None:
-        await asyncio.gather(self._service.expire(self._idle_s), self._rollouts.expire())
+        await asyncio.gather(self._service.expire(self._idle_s), self._rollouts.expire(), self._give_up())
+
+    async def _give_up(self) -> None:
+        """Sessions wait for no episode for ever."""
+        while self._sessions is not None:
+            await asyncio.sleep(min(5.0, self._session_episode_s / 4))
+            await asyncio.to_thread(self._sessions.give_up, self._session_episode_s)
 
     def _server(self, roles: Mapping[str, Roles], most_bytes: int) -> grpc.aio.Server:
         return grpc.aio.server(

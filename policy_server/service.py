@@ -124,7 +124,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             for episode in silent:
                 log.warning("episode %s was silent for %g s: closed as an error", episode.start.episode_id, idle_s)
             why = f"nothing was heard of it for {idle_s:g} s"
-            await asyncio.gather(*(self._close(episode, error=why) for episode in silent))
+            await asyncio.gather(*(self._close(episode, error=why, silent=True) for episode in silent))
 
     def check(self) -> None:
         """Raises Unavailable while no episodes are taken."""
@@ -260,7 +260,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         try:
             episode.answered(request, reply)
         except Exception as error:  # whatever it was, the file may hold half a record
-            raise self._episodes.lose(episode, error) from error
+            raise await self._episodes.lose(episode, error) from error
         return reply
 
     async def _submit(self, start: episode_pb2.EpisodeStart, request: policy_pb2.ActRequest, ticket: Ticket) -> None:
@@ -314,6 +314,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         ticks: list[episode_pb2.Tick],
         *,
         by_server: bool = False,
+        silent: bool = False,
     ) -> asyncio.Task[None]:
         """Closes an episode, once: a closing under way goes on."""
 
@@ -321,7 +322,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             for flight in list(episode.flights.values()):
                 self._batcher.withdraw(flight.ticket, Superseded("superseded by the end of the episode"))
                 await asyncio.wait({flight.task})  # one that is in the model is still recorded
-            await self._episodes.close(episode, end, ticks, by_server=by_server)
+            await self._episodes.close(episode, end, ticks, by_server=by_server, silent=silent)
 
         episode.closing = episode.closing or asyncio.create_task(close())
         return episode.closing
@@ -332,9 +333,9 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         await asyncio.gather(*under_way, return_exceptions=True)
         await self._close(episode, error="the server stopped")
 
-    async def _close(self, episode: Episode, *, error: str) -> None:
+    async def _close(self, episode: Episode, *, error: str, silent: bool = False) -> None:
         end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns())
-        closing = self._begin_close(episode, end, [], by_server=True)
+        closing = self._begin_close(episode, end, [], by_server=True, silent=silent)
         with contextlib.suppress(Refused), refusals_only():  # whatever it is, the log says so, and the others go on
             await asyncio.shield(closing)  # who waits may be cancelled, the closing not
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from policy_server.gate import Comparison, GateRule, Judgement, Tally, Trial, judge, takes_candidate
 from protos import episode_pb2
+from protos.episode_file import HELPERS
 
 What = Literal[
     "episode", "offer", "refuse", "promote", "roll back", "undecided", "withdrawn", "revert", "pause", "resume", "stop"
@@ -30,8 +31,6 @@ By = Literal["robot", "trainer", "gate", "person"]
 State = Literal["running", "paused", "stopped"]
 DROPS: tuple[What, ...] = ("roll back", "undecided", "withdrawn")
 STATES: dict[str, State] = {"pause": "paused", "resume": "running", "stop": "stopped"}
-OTHERS = (episode_pb2.SOURCE_HUMAN, episode_pb2.SOURCE_EXPERT)
-"""Who takes over from the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,9 @@ class Session:
 
     @property
     def versions(self) -> set[int]:
-        """Those that a person may want back."""
+        """Those that a person may want back; when it is over, what it began with and what it led to."""
+        if self.state == "stopped":
+            return {self.charter.base, self.live}
         return {self.charter.base, *self.past, self.live, *self.served}
 
     @property
@@ -165,6 +166,8 @@ class Begun:
     version: int
     candidate: int | None
     """what was on trial when it began"""
+    began_s: float = 0.0
+    """on a clock that only goes forward"""
 
 
 class Turns:
@@ -182,15 +185,32 @@ class Turns:
     def begin(self, episode: Begun) -> None:
         self._begun[episode.episode_id] = episode
 
-    def end(self, episode_id: str, trial: Trial | None) -> list[tuple[Begun, Trial]]:
-        """It is over, and may be no trial; gives those whose turn has come by that."""
+    def end(self, episode_id: str, trial: Trial | None) -> None:
+        """It is over, and may be no trial."""
         if episode_id in self._begun:
             self._ended[episode_id] = trial
-        due = list[tuple[Begun, Trial]]()
+
+    def give_up(self, since_s: float) -> None:
+        """Those that began earlier and are not over have ended as errors."""
+        for episode in self._begun.values():
+            if episode.began_s < since_s and episode.episode_id not in self._ended:
+                self._ended[episode.episode_id] = Trial(success=False, error=True, ticks=0)
+
+    @property
+    def due(self) -> tuple[Begun, Trial] | None:
+        """The one whose turn has come, until take(): those before it are over, and it is."""
         while self._begun and (first := next(iter(self._begun))) in self._ended:
-            begun, trial = self._begun.pop(first), self._ended.pop(first)
-            due += [(begun, trial)] if trial is not None else []
-        return due
+            if (trial := self._ended[first]) is not None:
+                return self._begun[first], trial
+            self._take(first)
+        return None
+
+    def take(self) -> None:
+        """What is due has been counted."""
+        self._take(next(iter(self._begun)))
+
+    def _take(self, episode_id: str) -> None:
+        del self._begun[episode_id], self._ended[episode_id]
 
 
 def moves(ticks: Iterable[episode_pb2.Tick]) -> Counter[str]:
@@ -211,7 +231,7 @@ def trial_of(outcome: int, moved: Counter[str]) -> Trial:
 
 
 def _move(tick: episode_pb2.Tick) -> str:
-    if tick.source in OTHERS:
+    if tick.source in HELPERS:
         return "others"
     if tick.source == episode_pb2.SOURCE_HOLD:
         return "held"

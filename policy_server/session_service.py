@@ -105,7 +105,7 @@ class SessionService(session_pb2_grpc.SessionsServicer):
             )
         accepted, reason = await self._compared(request, live)
         await asyncio.to_thread(
-            self._sessions.offer, request.session_id, request.version, accepted=accepted, reason=reason
+            self._sessions.offer, request.session_id, request.version, live=live, accepted=accepted, reason=reason
         )
         return self._offered(request, accepted, reason)
 

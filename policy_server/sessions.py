@@ -35,6 +35,7 @@ SUFFIX = ".jsonl"
 MOST_SESSIONS = 64
 """So many may be going on: each has up to two adapters in memory."""
 CROWDED_RETRY_MS = 10_000
+DEFAULT_EPISODE_S = 1800.0
 LOG = "the session log"
 Control = Literal["promote", "roll_back", "pause", "resume", "stop"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -59,7 +60,7 @@ class Sessions:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found = [session for path in folder.glob(f"*{SUFFIX}") if (session := _read(path)) is not None]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except OSError as error:
             raise CannotStart(f"the sessions in {str(folder)!r} cannot be read: {error}") from error
         for session in sorted(found, key=lambda session: session.charter.started_unix_ns):
             self._add(session)
@@ -133,7 +134,12 @@ class Sessions:
     def begin(self, start: episode_pb2.EpisodeStart) -> None:
         """An episode is open with what choose() gave."""
         with self.read(start.session_id) as session:
-            begun = Begun(episode_id=start.episode_id, version=start.version, candidate=session.candidate)
+            begun = Begun(
+                episode_id=start.episode_id,
+                version=start.version,
+                candidate=session.candidate,
+                began_s=time.monotonic(),
+            )
             self._turns[start.session_id].begin(begun)
 
     def end(self, start: episode_pb2.EpisodeStart, outcome: int, moved: Counter[str]) -> None:
@@ -141,21 +147,39 @@ class Sessions:
         self._end(start, trial_of(outcome, moved))
 
     def leave_out(self, start: episode_pb2.EpisodeStart) -> None:
-        """It is over, and says nothing of its version: the server ended it, or could not store it."""
+        """It is over, and says nothing of its version: the server stopped, or could not store it."""
         self._end(start, None)
+
+    def give_up(self, longest_s: float) -> None:
+        """Episodes that are under way for longer are counted as errors, and later ones wait for them no more."""
+        since_s = time.monotonic() - longest_s
+        with self._writing:
+            for session_id in self.ids:
+                with self._lock:
+                    self._turns[session_id].give_up(since_s)
+                self._count_due(session_id)
 
     def _end(self, start: episode_pb2.EpisodeStart, trial: Trial | None) -> None:
         with self._writing:
-            session = self._sessions[start.session_id]
             with self._lock:
-                due = self._turns[start.session_id].end(start.episode_id, trial)
-            for begun, trial in due:
-                self._count(session, begun, trial)
+                self._turns[start.session_id].end(start.episode_id, trial)
+            self._count_due(start.session_id)
+
+    def _count_due(self, session_id: str) -> None:
+        """Counts those whose turn has come, as far as the disk lets it."""
+        session, turns = self._sessions[session_id], self._turns[session_id]
+        while True:
+            with self._lock:
+                due = turns.due
+            if due is None or not self._count(session, *due):
+                return
+            with self._lock:
+                turns.take()
 
     def check_offer(self, session_id: str, version: int) -> int | None:
         """The live version that the offered one is compared with; None when it is on trial already.
 
-        Raises UnknownSession, OutOfOrder.
+        Raises UnknownSession, OutOfOrder; also after a verdict: the gate's errors are those of one trial.
         """
         with self.read(session_id) as session:
             if session.state != "running":
@@ -166,13 +190,21 @@ class Sessions:
                 raise OutOfOrder(f"version {session.candidate} is on trial: wait for its verdict", field="version")
             if version in session.versions:
                 raise OutOfOrder(f"version {version} is, or was, live in this session", field="version")
+            if any(event.version == version and event.by == "gate" for event in session.log):
+                raise OutOfOrder(f"version {version} has had its trial in this session", field="version")
             return session.live
 
-    def offer(self, session_id: str, version: int, *, accepted: bool, reason: str) -> None:
-        """What became of an offer: the version is on trial, or was refused.  Raises as check_offer(), Overloaded."""
+    def offer(self, session_id: str, version: int, *, live: int, accepted: bool, reason: str) -> None:
+        """What became of an offer: the version is on trial, or was refused.
+
+        live: what it was compared with.  Raises as check_offer(), OutOfOrder when another is live now, Overloaded.
+        """
         with self._writing:
-            if self.check_offer(session_id, version) is None:
+            live_now = self.check_offer(session_id, version)
+            if live_now is None:
                 return
+            if live_now != live:
+                raise OutOfOrder(f"it was compared with version {live}, but version {live_now} is live now: try again")
             self._happen(self._sessions[session_id], "offer" if accepted else "refuse", "trainer", version, reason)
 
     def control(self, session_id: str, control: Control, note: str, *, version: int | None = None) -> None:
@@ -226,19 +258,20 @@ class Sessions:
             self._sessions[session.charter.session_id] = session
             self._turns[session.charter.session_id] = Turns()
 
-    def _count(self, session: Session, begun: Begun, trial: Trial) -> None:
-        """Counts an episode, and does what the gate says then."""
+    def _count(self, session: Session, begun: Begun, trial: Trial) -> bool:
+        """Counts an episode, and does what the gate says then; False when the disk refuses."""
         on_trial = session.candidate is not None and begun.candidate == session.candidate
         on_trial &= begun.version in session.served  # it may have been chosen before the candidate was offered
         try:
             self._happen(
                 session, "episode", "robot", begun.version, episode_id=begun.episode_id, trial=trial, on_trial=on_trial
             )
-        except Overloaded as error:  # it is stored: the next server counts it
+        except Overloaded as error:  # it is stored, and counted later, if need be by the next server
             log.error("episode %s is not counted in its session yet: %s", begun.episode_id, error)
-            return
+            return False
         if on_trial:
             self._judge(session)
+        return True
 
     def _judge(self, session: Session) -> None:
         """Says the verdict that is due, if one is."""
@@ -329,7 +362,7 @@ def _check_meant(meant: int | None, version: int, role: str) -> None:
 def _read(path: Path) -> Session | None:
     """None where not even the charter is whole: no such session was acknowledged, and its log is deleted.
 
-    Raises OSError, ValueError, TypeError, KeyError.
+    Raises OSError, CannotStart for what no server has written.
     """
     whole, ended, torn = path.read_bytes().rpartition(b"\n")
     if not ended:
@@ -339,8 +372,17 @@ def _read(path: Path) -> Session | None:
     if torn:  # a kill came while it was written: it was never acknowledged
         log.warning("the last line of session log %s is not whole: dropped", path.name)
         os.truncate(path, len(whole) + 1)
-    charter, *events = [json.loads(line) for line in whole.splitlines()]
-    session = Session(Charter.of(charter))
-    for event in events:
-        session.apply(Event.of(event))
+    session = None
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            said = json.loads(line)
+            if session is None:
+                session = Session(Charter.of(said))
+            else:
+                session.apply(Event.of(said))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise CannotStart(
+                f"line {number} of the session log {str(path)!r} is damaged ({error!r}): mend it, or move the file"
+                " elsewhere to go on without that session"
+            ) from error
     return session

@@ -26,6 +26,8 @@ FOOTER = struct.Struct("<III")
 READ_BYTES = 2**20
 SUFFIX = ".episode"
 PARTIAL_SUFFIX = ".episode.partial"
+HELPERS = (episode_pb2.SOURCE_HUMAN, episode_pb2.SOURCE_EXPERT)
+"""Sources of ticks: who takes over from the policy."""
 
 
 class DamagedEpisode(ValueError):

@@ -27,7 +27,7 @@ import numpy as np
 from policy_server.vla.action_tokens import ActionTokens
 from policy_server.vla.preprocessing import Prepared
 from protos import codec, episode_pb2
-from protos.episode_file import Episode
+from protos.episode_file import HELPERS, Episode
 from rl_trainer.demonstrations import chunk_labels, no_ops, refusal
 from rl_trainer.trajectories import Trajectory, TrajectoryReader
 
@@ -35,7 +35,6 @@ LessonKind = Literal["success", "intervention"]
 KINDS: tuple[LessonKind, ...] = get_args(LessonKind)
 
 HOLD, HUMAN, EXPERT = episode_pb2.SOURCE_HOLD, episode_pb2.SOURCE_HUMAN, episode_pb2.SOURCE_EXPERT
-HELPERS = (HUMAN, EXPERT)
 FOLLOWED = (episode_pb2.SOURCE_POLICY, episode_pb2.SOURCE_BLEND)
 
 

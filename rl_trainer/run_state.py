@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -54,6 +55,20 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What save_state() wrote."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run's folder is this process's alone while the block lasts.  Raises ValueError when another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{folder} is in use by another trainer") from error
+    finally:
+        os.close(claim)
 
 
 @contextmanager

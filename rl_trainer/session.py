@@ -9,8 +9,8 @@
 
 A trial takes many episodes, and the learner goes on meanwhile: what it offers next is ahead of what was tried.  After
 a roll back it begins again at the live version.  The state is saved after each update, before each offer and after each
-verdict; what came in since then is read again by a trainer that was killed.  The server keeps the session's episodes
-for that until the trainer is done.
+verdict; what came in since then is read again by a trainer that was killed.  Until then the server deletes no episode
+that an update may still use.  Lessons of older ones are read again too, as far as it has those.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from policy_server.vla.derived import sharing
 from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors, merge_lora, save_lora
 from protos import episode_pb2, rollout_pb2, session_pb2
-from protos.episode_file import Episode
+from protos.episode_file import HELPERS, Episode
 from rl_trainer.curriculum import Curriculum
 from rl_trainer.learner import Learner, left_out
-from rl_trainer.lessons import HELPERS, Lesson, Lessons, interventions, successes
+from rl_trainer.lessons import Lesson, Lessons, interventions, successes
 from rl_trainer.metrics import Curve
 from rl_trainer.patience import Refusal
 from rl_trainer.publisher import Publisher
 from rl_trainer.rollout_client import Idleness
-from rl_trainer.run_state import load_state, replaced, save_state
+from rl_trainer.run_state import held, load_state, replaced, save_state
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_config import SessionConfig
 from rl_trainer.session_report import film, write_session_report
@@ -55,6 +55,8 @@ FREE = ("at", "budget_episodes", "budget_minutes", "resume", "out", "ahead")
 EVENT = ("unix_ns", "what", "version", "by", "reason")
 """What is kept of a line of the session's log."""
 POLL_S = 0.5
+VERDICT_S = 600.0
+"""When the budget is spent: longest that a verdict is waited for after the last episode came in."""
 VERDICTS = ("promote", "roll back", "undecided", "withdrawn", "refuse")
 KEPT = ("promote", "undecided", "withdrawn")
 """Verdicts after which the learner goes on from where it is."""
@@ -93,11 +95,12 @@ class SessionState:
 def train_session(config: SessionConfig) -> None:
     """Runs until the budget is spent or the session is stopped; its robots then go on with the live version."""
     torch.set_num_threads(config.threads)
-    run = SessionRun(config)
-    try:
-        run.go()
-    finally:
-        run.close()
+    with held(config.out):
+        run = SessionRun(config)
+        try:
+            run.go()
+        finally:
+            run.close()
 
 
 def claim(config: SessionConfig) -> SessionConfig:
@@ -150,6 +153,8 @@ class SessionRun:
         self.state = self._begin()
         self.curve = Curve(config.out, first_step=self.state.counts["updates"] + 1)
         self._began_s = time.monotonic() - self.state.seconds
+        self._heard_s = time.monotonic()
+        """when an episode came in last"""
         self._save()
 
     @property
@@ -178,11 +183,13 @@ class SessionRun:
     def step(self) -> bool:
         """Looks at the session and does what is due; False when it is over.
 
-        When the budget is spent, workers go on until what is on trial has its verdict; robots are not waited for.
+        When the budget is spent, workers go on until what is on trial has its verdict, as long as their episodes come
+        in; robots are not waited for.
         """
         session, over = self.client.get(self.name), self.is_over
         self._heed(session)
         awaited = self.state.candidate is not None and self.curriculum is not None
+        awaited &= time.monotonic() - self._heard_s < VERDICT_S
         if session.state == session_pb2.SESSION_STATE_STOPPED or (over and not awaited):
             return False
         if session.state == session_pb2.SESSION_STATE_RUNNING:
@@ -227,18 +234,16 @@ class SessionRun:
             state = SessionState(counts=Counter(fields.pop("counts")), **fields)
             if self.curriculum is not None:
                 self.curriculum.load(state.curriculum)
-            if self.client.get(self.name).state != session_pb2.SESSION_STATE_STOPPED:
-                self.client.rollouts.keep_after(self.name, state.first)
             self._read_again(state)
             return state
         newest = self.client.newest(self.name)
-        session = self.client.start(self.config.request)
-        if session.live_version != self.config.base_version:
+        self.client.start(self.config.request)
+        session = self.client.get(self.name)
+        if session.log:
             raise ValueError(
-                f"session {self.name!r} is at version {session.live_version} already, which this folder has not: resume"
-                " from the folder of its trainer, or give --session another name"
+                f"session {self.name!r} has a history already, of which this folder knows nothing (live is version"
+                f" {session.live_version}): resume from the folder of its trainer, or give --session another name"
             )
-        self.client.rollouts.keep_after(self.name, newest)
         state = SessionState(version=self.config.base_version, live=session.live_version, first=newest, cursor=newest)
         self._keep_weights(self.config.base_version)
         return state
@@ -307,6 +312,8 @@ class SessionRun:
     def _take_in(self) -> None:
         """Episodes that have ended since."""
         newest, episodes = self.client.episodes(self.name, self.state.cursor)
+        if episodes:
+            self._heard_s = time.monotonic()
         for number, episode in episodes:
             success = episode.end.outcome == episode_pb2.OUTCOME_SUCCESS
             own = success and not any(tick.source in HELPERS for tick in episode.ticks)  # as the gate counts
@@ -406,6 +413,8 @@ class SessionRun:
             self.state.curriculum = self.curriculum.state()
         fields = asdict(self.state) | {"counts": dict(self.state.counts)}
         save_state(self.config.out / STATE, fields, self.learner.state())
+        needed = min([self.state.cursor + 1, *map(int, self.state.pool)])
+        self.client.rollouts.keep_after(self.name, needed - 1)
 
     def _spent(self) -> dict[str, float]:
         tally = Tally(self.state.counts["successes"], self.state.counts["episodes"])

@@ -12,8 +12,8 @@ from rl_trainer.launch import RunServer
 from rl_trainer.patience import REPEATABLE, patiently
 from rl_trainer.rollout_client import RolloutClient
 
-AT_ONCE = 64
-"""Episodes that are read together: some hundred KB each."""
+AT_ONCE = 8
+"""Episodes that are read together: some hundred KB each, and some ten MB where robots send large frames as they are."""
 OFFER_S = 300.0
 """How long comparing a candidate with the live version may take."""
 

@@ -77,10 +77,14 @@ class _Controlling(_OfOne):
 @dataclass(frozen=True, kw_only=True)
 class _Choosing(_Controlling):
     version: int | None = None
-    """that it is to befall: refused when it would be another; none given: whichever it is"""
+    """that it is to befall: refused when it would be another; none given: the one on trial, else the live one"""
 
     def lines(self, client: SessionClient) -> Iterator[str]:
-        yield summary(client.control(self.session, self.control, self.note, version=self.version))
+        version = self.version
+        if version is None:  # as it is seen now: the gate may be about to change it
+            seen = client.get(self.session)
+            version = seen.candidate_version if seen.HasField("candidate_version") else seen.live_version
+        yield summary(client.control(self.session, self.control, self.note, version=version))
 
 
 class Pause(_Controlling):

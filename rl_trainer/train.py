@@ -42,7 +42,7 @@ from rl_trainer.report import Reporter
 from rl_trainer.reward_alarm import RewardAlarm
 from rl_trainer.reward_model import RewardModel, load_reward_model
 from rl_trainer.rollouts import Finished, RolloutQueue
-from rl_trainer.run_state import replaced
+from rl_trainer.run_state import held, replaced
 from rl_trainer.session_config import SessionConfig
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> None:
         print(placement.table(), flush=True)
         os.environ.update(placement.learner.environment)  # before CUDA is asked for anything; other ranks inherit it
     require_own_devices(config.ranks, compute_device(config.device))
-    with launched(config.ranks, follow, config) as ranks:
+    with held(config.out), launched(config.ranks, follow, config) as ranks:
         learner, checkpoint = make_learner(config, ranks)
         with ExitStack() as stack:
             server, check = config.given_server, lambda: None

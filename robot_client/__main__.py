@@ -71,7 +71,8 @@ class Run:
     leases: bool = False
     """Take the work from the server's rollout queue: what it holds of these tasks."""
     session: str = ""
-    """Practise in this session of the server's, which says version and sampling (python -m rl_trainer session list)."""
+    """Practise in this session of the server's (python -m rl_trainer session list), which says version, purpose and
+    temperature."""
     max_ticks: int = 200
     """Length of an episode unless the arm ends it earlier; 0 is no limit."""
     purpose: Purpose = "deploy"
@@ -113,6 +114,11 @@ class Run:
             raise ValueError("task must be given at least once")
         if self.session and (self.leases or self.server.startswith(OPENPI)):
             raise ValueError("session must be without leases, which name their own, and of a policy server of ours")
+        if self.session and (self.temperature or self.purpose == "evaluate"):
+            raise ValueError(
+                "session says how its practice is sampled: leave out temperature and purpose, got"
+                f" {self.temperature:g} and {self.purpose!r}"
+            )
         if self.leases and self.server.startswith(OPENPI):
             raise ValueError(f"leases must come from a policy server of ours, openpi's have none, got {self.server}")
 
@@ -261,6 +267,8 @@ def run_all(command: Run, rest: Sequence[str], tally: Tally) -> None:
                 leases.settle(result, worker_failed=broken)
             if broken and not (command.guided or (pilot and pilot.wish().stopped)):
                 raise ArmError("the run ends here: nobody is there to see to the arm (--guided waits for a person)")
+            if result.refused and not leases:  # the next would be too, and the arm would move to its start for nothing
+                raise RobotError(f"the run ends here: {result.message}")
 
 
 def leases_of(command: Run) -> Leases | None:

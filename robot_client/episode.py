@@ -71,6 +71,7 @@ class Ending:
     terminal: bool = False
     message: str = ""
     arm_failed: bool = False
+    refused: bool = False
 
 
 class Episode:
@@ -240,6 +241,7 @@ class Episode:
             answer_s=tuple(self._decisions.answer_s),
             message=self.ending.message,
             arm_failed=self.ending.arm_failed,
+            refused=self.ending.refused,
         )
         for observer in self._observers:
             observer.on_end(result)
@@ -390,4 +392,9 @@ class Episode:
             yield
         except (ArmError, PolicyError) as error:
             message = f"{type(error).__name__}: {error}"
-            self.ending = Ending(outcome="error", message=message, arm_failed=isinstance(error, ArmError))
+            self.ending = Ending(
+                outcome="error",
+                message=message,
+                arm_failed=isinstance(error, ArmError),
+                refused=isinstance(error, PolicyError) and not error.repeatable and not self._opened.episode_id,
+            )

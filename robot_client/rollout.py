@@ -63,5 +63,7 @@ class EpisodeResult:
     """For an error, what went wrong."""
     arm_failed: bool = False
     """For an error, whether it was the arm's: an ArmError."""
+    refused: bool = False
+    """For an error, whether the server would not open the episode, nor any like it."""
     cadence: CadenceReport | None = None
     """How well the loop kept its rate; None in lockstep."""

@@ -138,6 +138,14 @@ def test_where_nobody_sees_to_the_arm_its_fault_ends_the_run(server, policy, cap
     assert caplog.messages[-1] == "1 error"
 
 
+def test_a_session_that_there_is_not_ends_the_run_before_the_arm_moves_again(tmp_path, caplog):
+    with serving(ScriptedModel(), episodes=tmp_path) as server:
+        flags = ["--task", "bowl", "--episodes", "5", "--session", "bowll"]
+        assert main(["run", "--server", server.address, *flags]) == 1
+    assert "the run ends here" in caplog.text and "this server has no sessions" in caplog.text
+    assert caplog.messages[-1] == "1 error"
+
+
 def test_a_broken_arm_leaves_the_rollout_queue_as_it_was(tmp_path, broken_arm):
     """A rollout is set aside after three errors."""
     with serving(ScriptedModel(), episodes=tmp_path) as server:
@@ -195,7 +203,16 @@ def test_what_cannot_work_is_refused_in_a_sentence_before_anything_moves(server,
     assert not policy.episodes
 
 
-@pytest.mark.parametrize("flags", [["--film", "x.mp4"], ["--episodes", "0"], ["--hexapod", "1"], ["--purpose", "fun"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--film", "x.mp4"],
+        ["--episodes", "0"],
+        ["--hexapod", "1"],
+        ["--purpose", "fun"],
+        ["--session", "s", "--temperature", "1"],
+    ],
+)
 def test_a_flag_that_makes_no_sense_is_refused(server, flags, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["run", "--task", "t", "--server", server.address, *flags])

@@ -82,6 +82,10 @@ class Lab:
         with self.sessions.read("s") as session:
             return described(session, with_log=True)
 
+    def counted(self):
+        with self.sessions.read("s") as session:
+            return [*session.episodes.values()]
+
     def whats(self) -> list[str]:
         return [event.what for event in self.message().log]
 
@@ -94,7 +98,7 @@ def lab(tmp_path: Path) -> Lab:
 
 
 def offer(lab: Lab, version: int = 1) -> None:
-    lab.sessions.offer("s", version, accepted=True, reason="near enough")
+    lab.sessions.offer("s", version, live=lab.message().live_version, accepted=True, reason="near enough")
 
 
 def test_episodes_get_the_live_version_until_another_is_on_trial(lab):
@@ -177,6 +181,19 @@ def test_one_that_is_lost_holds_up_nobody(lab):
     lab.end(after, SUCCESS)
     lab.sessions.leave_out(lost[0])
     assert lab.message().versions[0].tally.episodes == 1
+
+
+def test_one_that_does_not_end_is_counted_as_an_error_and_waited_for_no_more(lab):
+    endless, after = lab.begin(), lab.begin()
+    lab.end(after, SUCCESS)
+    lab.sessions.give_up(60.0)
+    assert not lab.message().versions
+    lab.sessions.give_up(0.0)
+    [version] = lab.message().versions
+    assert (version.tally.errors, version.tally.successes) == (1, 1)
+    lab.end(endless, SUCCESS)
+    lab.restart()
+    assert lab.message().versions[0] == version, "it is counted once"
 
 
 def test_an_episode_that_began_before_the_offer_is_not_of_the_trial(lab):
@@ -310,6 +327,14 @@ def test_what_a_full_disk_cut_is_not_in_the_log(lab, full_disk):
     assert sorted(lab.sessions.ids) == ["s", "t"]
 
 
+def test_an_episode_that_a_full_disk_kept_from_the_log_is_counted_in_its_turn_once_there_is_room(lab, full_disk):
+    lab.sessions.end(lab.begin()[0], SUCCESS, MOVED)
+    assert not lab.message().versions
+    full_disk.undo()
+    lab.play(LIVE, FAILURE)
+    assert [event.trial.success for event in lab.counted()] == [True, False]
+
+
 def test_what_was_played_before_a_session_of_that_name_is_not_its_own(lab):
     start, writer = lab.begin()
     lab.stored(writer, SUCCESS)
@@ -323,9 +348,11 @@ def test_what_was_played_before_a_session_of_that_name_is_not_its_own(lab):
 def test_a_log_that_is_damaged_elsewhere_stops_the_server_and_is_named(lab):
     log = lab.folder / "sessions" / "s.jsonl"
     lab.play(LIVE, SUCCESS)
-    log.write_bytes(b"{}\n" + log.read_bytes())
-    with pytest.raises(CannotStart, match="sessions"):
-        lab.restart()
+    whole = log.read_bytes()
+    for damaged, line in ((b"{}\n" + whole, 1), (whole + b"what\n", 3), (whole + b"[]\n", 3)):
+        log.write_bytes(damaged)
+        with pytest.raises(CannotStart, match=rf"line {line} of the session log '{log}' is damaged"):
+            lab.restart()
 
 
 def test_people_promote_roll_back_and_go_back(lab):
@@ -397,6 +424,36 @@ def test_one_candidate_is_on_trial_at_a_time_and_none_that_was_live(lab):
     lab.sessions.control("s", "roll_back", "")
     with pytest.raises(OutOfOrder, match="live"):
         lab.sessions.check_offer("s", 0)
+
+
+def test_one_that_was_compared_with_a_version_that_is_live_no_more_is_not_on_trial(lab):
+    offer(lab)
+    lab.sessions.control("s", "promote", "")
+    with pytest.raises(OutOfOrder, match="compared with version 0, but version 1 is live now"):
+        lab.sessions.offer("s", 2, live=0, accepted=True, reason="")
+    assert lab.whats() == ["offer", "promote"]
+
+
+def test_a_version_has_one_trial(lab):
+    offer(lab)
+    while lab.message().HasField("candidate_version"):
+        lab.play(CANDIDATE, FAILURE)
+        lab.play(LIVE, SUCCESS)
+    with pytest.raises(OutOfOrder, match="version 1 has had its trial"):
+        lab.sessions.check_offer("s", 1)
+    offer(lab, 2)
+    lab.sessions.control("s", "pause", "lunch")
+    lab.sessions.control("s", "resume", "")
+    assert lab.sessions.check_offer("s", 2) == 0, "it had no verdict"
+
+
+def test_of_a_session_that_is_over_its_base_and_its_last_version_are_kept(lab):
+    for version in (1, 2, 3):
+        offer(lab, version)
+        lab.sessions.control("s", "promote", "")
+    assert lab.sessions.versions() == {0, 1, 2, 3}
+    lab.sessions.control("s", "stop", "")
+    assert lab.sessions.versions() == {0, 3}
 
 
 def test_a_session_starts_once(lab):

@@ -177,7 +177,7 @@ def test_a_word_befalls_the_version_that_was_shown_when_it_was_asked_for_or_none
     page = look(server)
     page.click(".session button:has-text('Roll back')")
     server.server._sessions.control("s", "promote", "")  # by somebody else, meanwhile
-    server.server._sessions.offer("s", candidate + 1, accepted=True, reason="")
+    server.server._sessions.offer("s", candidate + 1, live=candidate, accepted=True, reason="")
     page.wait_for_function("() => document.querySelector('.session .log li').innerText.includes('offer')")
     page.click("#word-say")
     page.wait_for_function("() => document.querySelector('#word-refusal').innerText")

@@ -218,7 +218,7 @@ def test_errors_are_counted_apart(server, sessions):
     assert [one.error for one in session.episodes] == [True, False]
 
 
-def test_an_episode_that_the_server_ended_says_nothing_of_its_version(tmp_path):
+def test_an_episode_that_the_server_ended_before_it_had_an_answer_says_nothing_of_its_version(tmp_path):
     with running(tmp_path, episode_idle_s=0.5) as server, grpc.insecure_channel(server.admin_address) as channel:
         sessions = session_pb2_grpc.SessionsStub(channel)
         begun(sessions)
@@ -233,6 +233,17 @@ def test_an_episode_that_the_server_ended_says_nothing_of_its_version(tmp_path):
     with running(tmp_path) as server, grpc.insecure_channel(server.admin_address) as channel:
         after = session_pb2_grpc.SessionsStub(channel).ListSessions(session_pb2.ListSessionsRequest(), timeout=10)
         assert not after.sessions[0].versions[0].tally.errors
+
+
+def test_a_robot_that_fell_silent_after_an_answer_is_an_error_of_the_version_that_drove_it(tmp_path):
+    with running(tmp_path, episode_idle_s=0.5) as server, grpc.insecure_channel(server.admin_address) as channel:
+        sessions = session_pb2_grpc.SessionsStub(channel)
+        begun(sessions)
+        silent = server.policy.StartEpisode(messages.start(session_id="s"), timeout=10)
+        server.policy.Act(messages.act(silent.episode_id, 0), timeout=10)
+        while not (found := sessions.GetSession(session_pb2.GetSessionRequest(session_id="s"))).versions:
+            time.sleep(0.05)
+        assert found.versions[0].tally.errors == 1
 
 
 def test_a_session_survives_the_server(tmp_path):

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from rl_trainer.run_state import replaced
+from rl_trainer.run_state import held, replaced
+
+
+def test_a_folder_is_one_trainers_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder), pytest.raises(ValueError, match=f"{folder} is in use by another trainer"), held(folder):
+        pass
+    with held(folder):
+        assert folder.is_dir()
 
 
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

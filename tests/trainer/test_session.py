@@ -22,7 +22,7 @@ from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
 from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import Episode, read_episode
-from rl_trainer import session_client
+from rl_trainer import session, session_client
 from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.loss import LossConfig, token_logprobs
 from rl_trainer.run_state import load_state
@@ -157,6 +157,23 @@ def test_workers_go_on_until_what_is_on_trial_has_its_verdict(tiny_vla: Path, tm
     assert len((config.out / "curve.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_verdict_that_nobody_works_for_is_not_waited_for(
+    tiny_vla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "VERDICT_S", 0.0)
+    with lab(tiny_vla, tmp_path) as server:
+        train_session(config_of(tmp_path, tiny_vla, server, budget_episodes=8))
+    assert [event["what"] for event in log_of(tmp_path)] == ["offer"]
+
+
+def test_the_server_keeps_what_an_update_may_still_use(tiny_vla: Path, tmp_path: Path) -> None:
+    with lab(tiny_vla, tmp_path) as server, closing(SessionRun(config_of(tmp_path, tiny_vla, server))) as run:
+        while not run.state.counts["updates"]:
+            run.step()
+        cursor = json.loads((tmp_path / "episodes" / "cursors.json").read_text())["lab"]
+        assert run.state.first < cursor == min([run.state.cursor + 1, *map(int, run.state.pool)]) - 1
+
+
 def test_a_session_goes_on_where_its_trainer_was_killed(tiny_vla: Path, tmp_path: Path) -> None:
     with lab(tiny_vla, tmp_path, lambda start: start.version > 0) as server:
         config = config_of(tmp_path, tiny_vla, server, budget_episodes=30)
@@ -183,7 +200,7 @@ def test_a_session_that_has_learned_is_not_begun_again_from_another_folder(tiny_
         with closing(SessionRun(config)) as run:
             until_promoted(run)
         cursors = (tmp_path / "episodes" / "cursors.json").read_text()
-        with pytest.raises(ValueError, match="'lab' is at version 1 already, which this folder has not"):
+        with pytest.raises(ValueError, match="'lab' has a history already, of which this folder knows nothing"):
             SessionRun(replace(config, out=tmp_path / "other", session="lab"))
         assert (tmp_path / "episodes" / "cursors.json").read_text() == cursors, "its own trainer may have yet to read"
 
