@@ -1,11 +1,11 @@
 """The promotion gate on simulated streams of episodes: how often it errs, how often it finds, and what that takes.
 
-    python -m benchmarks.gate [--streams 10000] [--trouble-streams 2000] [--rule.max-episodes 60]
+    python -m benchmarks.gate [--streams 10000] [--other-streams 2000] [--rule.max-episodes 60]
 
 Every stream goes through the real `judge`, after each episode and up to its first verdict; `takes_candidate` says whose
-turn it is.  In a world without trouble the two versions differ in success alone; in one with trouble they succeed
-alike, and an episode ends as an error, or is held or clipped in 80 % of its ticks when the arm gets stuck, else about
-as much as the world says.
+turn it is.  In a world without trouble the two versions differ in success alone, which may drift; in one with trouble
+they succeed alike, and an episode ends as an error, or is held or clipped in 80 % of its ticks when the arm gets stuck,
+else about as much as the world says.
 
 A stated error counts as held when the upper end of its interval is not above it in any world that it is about.
 Intervals are Clopper and Pearson's at 95 %.  Prints a table, writes benchmarks/results/gate.json.
@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ TICKS = 150
 STUCK = 0.8
 SPREAD = 0.3
 """Standard deviation of an episode's share of held or clipped ticks, as a part of the mean."""
+DRIFTED = 300
 ENDS = ("promote", "roll back: success", "roll back: trouble", "undecided")
 PARTS = (0.25, 0.5, 0.75, 1.0)
 """Of the most episodes."""
@@ -41,9 +42,9 @@ class GateConfig:
     """Measures the gate's errors, its power, and how long it takes."""
 
     streams: int = 10_000
-    """in each world without trouble"""
-    trouble_streams: int = 2000
-    """in each world with trouble"""
+    """in each world that stands still"""
+    other_streams: int = 2000
+    """in each world that drifts, and in each with trouble"""
     rule: GateRule = field(default_factory=GateRule)
     seed: int = 0
     json: Path = Path(__file__).parent / "results" / "gate.json"
@@ -55,7 +56,11 @@ class World:
 
     name: str
     success: tuple[float, float]
-    """probability, where an episode does not end as an error"""
+    """probability, where an episode does not end as an error, at first"""
+    drift: float = 0.0
+    """what both have gained after DRIFTED episodes of both"""
+    share: float | None = None
+    """of the episodes that the candidate gets; None: the rule's"""
     trouble: tuple[float, float] = (0.0, 0.0)
     """mean share of an episode's ticks that are held or clipped while the arm is not stuck"""
     stuck: tuple[float, float] = (0.0, 0.0)
@@ -74,6 +79,16 @@ SUCCESS_WORLDS = [
     World(name=f"success {live:.2f} and {candidate:.2f}", success=(live, candidate))
     for live, candidates in CANDIDATES.items()
     for candidate in candidates
+]
+DRIFTING_WORLDS = [
+    World(name=f"{name}, share {share}", success=success, drift=drift, share=share)
+    for share in (0.2, 0.5)
+    for name, success, drift in (
+        ("0.15 worse, rising", (0.25, 0.1), 0.6),
+        ("0.15 worse, falling", (0.85, 0.7), -0.6),
+        ("equal, rising", (0.25, 0.25), 0.6),
+        ("equal, falling", (0.85, 0.85), -0.6),
+    )
 ]
 TROUBLE_WORLDS = [
     World(name=name, success=(0.5, 0.5), trouble=trouble, stuck=stuck)
@@ -133,16 +148,16 @@ class Law:
 
 def main(config: GateConfig) -> int:
     streams = [(world, config.streams) for world in SUCCESS_WORLDS]
-    streams += [(world, config.trouble_streams) for world in TROUBLE_WORLDS]
+    streams += [(world, config.other_streams) for world in [*DRIFTING_WORLDS, *TROUBLE_WORLDS]]
     with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(measured, *job, config.rule, (config.seed, n)) for n, job in enumerate(streams)]
         rows = [job.result() for job in jobs]
     laws = laws_of(rows, config.rule)
     print_table(rows, laws)
-    print(f"{config.streams} streams in a world, {config.trouble_streams} with trouble")
+    print(f"{config.streams} streams in a world, {config.other_streams} where it drifts or has trouble")
     figures = {
         "streams": config.streams,
-        "trouble_streams": config.trouble_streams,
+        "other_streams": config.other_streams,
         "rule": asdict(config.rule),
         "seed": config.seed,
         "rows": [asdict(row) for row in rows],
@@ -169,21 +184,23 @@ def measured(world: World, streams: int, rule: GateRule, seed: tuple[int, int]) 
 
 def stream(world: World, rule: GateRule, rng: np.random.Generator) -> tuple[str, int]:
     """How it ends, one of ENDS, and episodes of the candidate until then."""
+    rule = rule if world.share is None else replace(rule, share=world.share)
     comparison = Comparison.under(rule)
     while (judgement := judge(rule, comparison)).verdict == "open":
         whose = takes_candidate(rule, rng.random())
-        comparison = comparison.plus(episode(world, whose, rng), of_candidate=whose)
+        gained = world.drift * min((comparison.live.ended + comparison.candidate.ended) / DRIFTED, 1)
+        comparison = comparison.plus(episode(world, whose, gained, rng), of_candidate=whose)
     end = judgement.verdict
     if end == "roll back":
         end += f": {'trouble' if judgement.trouble_e >= 1 / rule.trouble_error else 'success'}"
     return end, comparison.candidate.ended
 
 
-def episode(world: World, whose: bool, rng: np.random.Generator) -> Trial:
-    """One of the candidate, or of the live version."""
+def episode(world: World, whose: bool, gained: float, rng: np.random.Generator) -> Trial:
+    """One of the candidate, or of the live version; gained: by its success, since the world began to drift."""
     if world.errors[whose] and rng.random() < world.errors[whose]:
         return Trial(success=False, error=True, ticks=0)
-    success, stuck = rng.random(2) < (world.success[whose], world.stuck[whose])
+    success, stuck = rng.random(2) < (world.success[whose] + gained, world.stuck[whose])
     share = (STUCK if stuck else world.trouble[whose]) * rng.normal(1, SPREAD)
     return Trial(success=bool(success), ticks=TICKS, clips=round(TICKS * min(max(share, 0), 1)))
 

@@ -36,17 +36,25 @@ class At:
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """When a new version is promoted and when it is rolled back; what is not given is the server's own choice, and
-    policy_server/gate.py says what each means"""
+    """When a new version is promoted and when it is rolled back (policy_server/gate.py); what is not given is the
+    server's own choice"""
 
     margin: float | None = None
+    """how much less often a candidate may succeed and yet be promoted, in success probability"""
     promote_error: float | None = None
+    """probability that one is promoted which succeeds less often by the margin or more, at most"""
     rollback_error: float | None = None
+    """probability that one which succeeds as often is rolled back for its failures, at most"""
     trouble_error: float | None = None
+    """probability that one is rolled back for holds, clips and errors which has no more of them, at most"""
     trouble_rise: float | None = None
+    """smallest rise of these that counts"""
     share: float | None = None
+    """of the session's episodes that a candidate gets"""
     max_episodes: int | None = None
+    """of a candidate; then it is dropped"""
     envelope: float | None = None
+    """largest distance of its actions from the live version's, in parts of their range, at which robots may see it"""
 
     @property
     def rule(self) -> session_pb2.GateRule:
