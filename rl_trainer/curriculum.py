@@ -5,12 +5,13 @@
     balanced   P ~ exp(-|0.5 - s| / tau): what its text says, the likeliest are those that succeed half of the time
 
 s is a cell's recent success rate.  A suite has hundreds of cells and a run visits each a few times: what a cell has not
-shown yet is taken from the other cells of its task.
+shown lately is taken from the other cells of its task.  What is remembered of all of them goes as far back: a cell that
+was visited once, long ago, says nothing of the policy of today.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,8 +29,8 @@ class CurriculumConfig:
     rule: Literal["uniform", "paper", "balanced"] = "balanced"
     tau: float = 0.2
     """the smaller, the sharper; the paper does not say"""
-    window: int = 8
-    """outcomes of a cell that are remembered"""
+    window: int = 256
+    """latest outcomes that are remembered, those of all cells together"""
     prior: float = 0.5
     """success rate of a task that was never tried"""
     prior_weight: float = 1.0
@@ -56,26 +57,27 @@ class Curriculum:
                 f"cells must differ and be at least one, got {len(cells)}, of them {len(set(cells))} different"
             )
         self.cells, self._config = tuple(cells), config
-        self._outcomes = {cell: deque[int](maxlen=config.window) for cell in cells}
+        self._known = set(cells)
+        self._outcomes = deque[tuple[Cell, bool]](maxlen=config.window)
         self._rng = np.random.default_rng(seed)
 
     def observe(self, task: str, initial_state: str, success: bool) -> None:
         """How an episode ended.  An error says nothing about a cell, and does not belong here."""
-        if (task, initial_state) not in self._outcomes:
+        if (task, initial_state) not in self._known:
             raise ValueError(f"({task!r}, {initial_state!r}) is none of the curriculum's {len(self.cells)} cells")
-        self._outcomes[task, initial_state].append(int(success))
+        self._outcomes.append(((task, initial_state), bool(success)))
 
     @property
     def success_rates(self) -> np.ndarray:
         """float64, one a cell: of its remembered outcomes and its task's rate, which begins at the prior."""
-        weight, of_task = self._config.prior_weight, defaultdict[str, list[int]](list)
-        for (task, _), past in self._outcomes.items():
-            of_task[task] += past
-        prior = self._config.prior * weight
-        rate = {task: (prior + sum(seen)) / (weight + len(seen)) for task, seen in of_task.items()}
-        return np.array(
-            [(rate[task] * weight + sum(past)) / (weight + len(past)) for (task, _), past in self._outcomes.items()]
-        )
+        weight, prior = self._config.prior_weight, self._config.prior
+        tried, done = Counter[Cell | str](), Counter[Cell | str]()
+        for cell, success in self._outcomes:
+            for counted in (cell, cell[0]):
+                tried[counted] += 1
+                done[counted] += success
+        rate = {task: (prior * weight + done[task]) / (weight + tried[task]) for task, _ in self.cells}
+        return np.array([(rate[cell[0]] * weight + done[cell]) / (weight + tried[cell]) for cell in self.cells])
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -99,16 +101,20 @@ class Curriculum:
 
     def state(self) -> dict[str, Any]:
         """Everything a continuation needs, as JSON can hold it."""
-        outcomes = [[*cell, list(past)] for cell, past in self._outcomes.items()]
-        return {"outcomes": outcomes, "rng": self._rng.bit_generator.state}
+        return {
+            "cells": [list(cell) for cell in self.cells],
+            "outcomes": [[*cell, success] for cell, success in self._outcomes],
+            "rng": self._rng.bit_generator.state,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes what state() gave.  Raises ValueError when it is of other cells."""
-        outcomes = {(task, initial_state): past for task, initial_state, past in state["outcomes"]}
-        if tuple(outcomes) != self.cells:
-            raise ValueError(f"the saved curriculum has {len(outcomes)} other cells than the {len(self.cells)} of this")
-        for cell, past in outcomes.items():
-            self._outcomes[cell] = deque(past, maxlen=self._config.window)
+        cells = tuple((task, initial_state) for task, initial_state in state["cells"])
+        if cells != self.cells:
+            raise ValueError(f"the saved curriculum has {len(cells)} other cells than the {len(self.cells)} of this")
+        self._outcomes.clear()
+        for task, initial_state, success in state["outcomes"]:
+            self.observe(task, initial_state, success)
         self._rng.bit_generator.state = state["rng"]
 
     def _exponents(self) -> np.ndarray:
