@@ -280,19 +280,27 @@ def carry_out(experiment: Experiment, config: RecipeConfig) -> None:
     for evaluation in experiment.evaluations:
         kept = folder / f"{evaluation.name}.json"
         if not kept.exists():
-            kept.write_text(json.dumps(evaluate(evaluation, model)))
+            write_json(kept, evaluate(evaluation, model))
         reports[evaluation.name] = json.loads(kept.read_text())
     path = _result(config, experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"experiment": asdict(experiment), "curves": curves, "evaluations": reports}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, {"experiment": asdict(experiment), "curves": curves, "evaluations": reports})
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.rename(path)
 
 
 def take(step: Step, runs: Path) -> Path:
     """The folder of a step that is done."""
     folder = runs / step.name
     if not folder.exists() and (prepared := PREPARED / step.name).exists():
-        shutil.copytree(prepared, folder)
+        coming = folder.with_name(f"{step.name}.coming")
+        shutil.copytree(prepared, coming, dirs_exist_ok=True)
+        coming.rename(folder)  # whole or not at all
     done = folder / "done"
     if not done.exists():
         resume = ["--resume"] if (folder / "state.safetensors").exists() else []

@@ -30,6 +30,7 @@ from policy_server.vla.passes import DecodeInput
 from policy_server.vla.policy import Policy
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.scoring import score
+from protos.machine import cores
 from rl_trainer.costs import MOST_REQUESTS, Prices
 from rl_trainer.placement import Placement
 from rl_trainer.ranks import launched
@@ -69,7 +70,7 @@ class SceneCosts:
 
 def time_scenes(config: TrainConfig, model: VLAConfig, placement: Placement, tasks: Sequence[int]) -> SceneCosts:
     """Of some of the tasks, in processes of their own.  Raises ValueError with the simulator's last words."""
-    at_once = min(len(placement.workers), os.cpu_count() or 1)
+    at_once = min(len(placement.workers), cores())
     chosen = sorted({tasks[n] for n in np.linspace(0, len(tasks) - 1, SCENES).round().astype(int)})
     command = [sys.executable, "-m", "sim", "timing", "--suite", config.suite, "--processes", str(at_once)]
     command += ["--tasks", *map(str, chosen), "--camera", model.camera, "--size-px", str(model.sent_size)]
@@ -153,13 +154,16 @@ def _time_learner(config: TrainConfig, instructions: Sequence[str]) -> Learning:
 
 
 def _time_decoding(config: TrainConfig, observations: Sequence[Prepared]) -> tuple[float, float]:
-    """Seconds of a pass and of each request in it: the line through passes of one and of most requests."""
-    cuda = config.device != "cpu" and torch.cuda.is_available()
+    """Seconds of a pass and of each request in it: the line through passes of one and of most requests.
+
+    On CUDA where there is some, wherever the learner is: so the server is placed.
+    """
+    cuda = torch.cuda.is_available()
     policy = Policy.load(
         config.model,
         unnorm_key=config.unnorm_key,
         device="cuda" if cuda else "cpu",
-        dtype="bfloat16" if cuda else "float32",
+        dtype=config.dtype,
         deterministic_batch=MOST_REQUESTS if config.deterministic else None,
     )
     clock = time.perf_counter if cuda else time.process_time

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from protos.machine import memory_gb
 
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id,memory.total", "--format=csv,noheader,nounits"]
@@ -48,7 +50,7 @@ class Gpu:
     pci: str
     """pci_address()"""
     memory_gb: float
-    """GiB"""
+    """GiB; of one that has none of its own, and says so, the machine's"""
     mig: tuple[Mig, ...] = ()
     """its parts, where it is divided"""
 
@@ -73,6 +75,14 @@ class Machine:
     egl: tuple[EglDevice, ...] = ()
 
 
+def compute_device(asked: str) -> str:
+    """What `auto` means here.  Raises ValueError when CUDA is asked for and is not to be had."""
+    cuda = torch.cuda.is_available()
+    if asked.startswith("cuda") and not cuda:
+        raise ValueError(f"device {asked!r} was asked for, but this machine or its torch has no CUDA")
+    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
+
+
 def find_machine() -> Machine:
     """The host that this runs on."""
     gpus = find_gpus()
@@ -81,11 +91,14 @@ def find_machine() -> Machine:
 
 def find_gpus() -> tuple[Gpu, ...]:
     """Empty where there is no nvidia-smi, or it finds no driver."""
-    return parse_gpus(_output(QUERY), _output(LISTING))
+    return parse_gpus(_output(QUERY), _output(LISTING), shared_gb=memory_gb())
 
 
-def parse_gpus(table: str, listing: str) -> tuple[Gpu, ...]:
-    """The GPUs in the output of QUERY, with the instances in that of LISTING."""
+def parse_gpus(table: str, listing: str, *, shared_gb: float) -> tuple[Gpu, ...]:
+    """The GPUs in the output of QUERY, with the instances in that of LISTING.
+
+    shared_gb: memory of one that shows none, since it shares the machine's, as Grace Blackwell's in a DGX Spark do.
+    """
     instances: dict[str, list[Mig]] = {}
     gpu = ""
     for line in listing.splitlines():
@@ -96,7 +109,12 @@ def parse_gpus(table: str, listing: str) -> tuple[Gpu, ...]:
             instances.setdefault(gpu, []).append(Mig(uuid=found[1], profile=profile[1]))
     rows = [[field.strip() for field in line.split(",")] for line in table.splitlines() if line.strip()]
     gpus = [
-        Gpu(index=int(index), uuid=uuid, pci=pci_address(pci), memory_gb=round(int(mib) / 1024, 1))
+        Gpu(
+            index=int(index),
+            uuid=uuid,
+            pci=pci_address(pci),
+            memory_gb=round(int(mib) / 1024, 1) if mib.isdigit() else shared_gb,
+        )
         for index, uuid, pci, mib in rows
     ]
     return tuple(replace(gpu, mig=tuple(instances.get(gpu.uuid, ()))) for gpu in gpus)

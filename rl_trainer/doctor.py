@@ -1,6 +1,6 @@
 """What would stop a run, found before it starts: `python -m rl_trainer doctor`, with the options of `train`.
 
-Looked at are rendering, assets, the checkpoint, its statistics, the disk and the server that is given.
+Looked at are devices, rendering, assets, the checkpoint, its statistics, the disk and the server that is given.
 
 Each check gives findings, a line each: ok, warn or FAIL, with what to do about it.
 """
@@ -8,6 +8,7 @@ Each check gives findings, a line each: ok, warn or FAIL, with what to do about 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +31,11 @@ from policy_server.vla.checkpoint import (
 from policy_server.vla.config import VLAConfig
 from protos import policy_pb2, policy_pb2_grpc
 from protos.channel import dial, tls_trouble
+from rl_trainer.devices import compute_device
+from rl_trainer.placement import Placement
 from rl_trainer.plan import disk_free_gb, disk_need_gb, schedule_of, trained_shapes
 from rl_trainer.suite import cells_of
+from rl_trainer.train import placed
 from rl_trainer.train_config import TrainConfig
 
 CHILD_S = 600.0
@@ -113,6 +117,22 @@ class Patient:
         return suites[config.suite]
 
     @cached_property
+    def placement(self) -> Placement | None:
+        """Where the run's processes would go on this machine; None where a server is given, with workers of its own.
+
+        Raises ValueError when memory holds no scene.
+        """
+        return None if self.config.server else placed(self.config)
+
+    def drawing(self, task_id: str) -> str:
+        """Why no frame of the task can be drawn as a worker of the run would draw it; empty when one can."""
+        try:
+            environment = self.placement.workers[0].environment if self.placement else {}
+        except ValueError as error:
+            return str(error)
+        return _run("-c", RENDER, task_id, environment=environment)[0]
+
+    @cached_property
     def checkpoint(self) -> Checkpoint | str:
         """The whole of it, or why it does not load."""
         if isinstance(self.model, str):
@@ -123,9 +143,20 @@ class Patient:
             return str(error)
 
 
+def check_devices(patient: Patient) -> Iterator[Finding]:
+    """Whether there is what the learner asks for, and memory for a scene."""
+    try:
+        where, placement = compute_device(patient.config.device), patient.placement
+    except ValueError as error:
+        yield Finding(check="devices", verdict="FAIL", text=f"{error}; see --device and --processes")
+        return
+    rest = f", server on {placement.server.device}, {len(placement.workers)} workers" if placement else ""
+    yield Finding(check="devices", verdict="ok", text=f"learner on {where}{rest}")
+
+
 def check_rendering(patient: Patient) -> Iterator[Finding]:
     """Whether a worker can draw: one frame of robosuite's, in a process of its own."""
-    if problem := _drawing(SIMPLE_TASK):
+    if problem := patient.drawing(SIMPLE_TASK):
         advice = "install libosmesa6 (software) or libegl1 (GPU), and set MUJOCO_GL to osmesa or egl or not at all"
         yield Finding(check="rendering", verdict="FAIL", text=f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
     else:
@@ -139,7 +170,7 @@ def check_assets(patient: Patient) -> Iterator[Finding]:
         yield Finding(check="assets", verdict="FAIL", text=listed)
         return
     first = f"{suite}/0"
-    if first != SIMPLE_TASK and (problem := _drawing(first)):
+    if first != SIMPLE_TASK and (problem := patient.drawing(first)):
         yield Finding(check="assets", verdict="FAIL", text=f"{first} cannot be built: {problem}; {INSTALL}")
         return
     yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed['tasks'])} tasks can be built")
@@ -229,6 +260,7 @@ def check_server(patient: Patient) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+    check_devices,
     check_rendering,
     check_assets,
     check_checkpoint,
@@ -274,15 +306,14 @@ def _spec(config: DoctorConfig) -> policy_pb2.PolicySpec | str:
     return tls_trouble(address, config.credentials) or f"{address} does not answer: {details}; {start}"
 
 
-def _drawing(task_id: str) -> str:
-    """Why no frame of the task can be drawn in a process of its own; empty when one can."""
-    return _run("-c", RENDER, task_id)[0]
+def _run(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Why Python failed with these, in its last words, empty when it did not; and what it printed.
 
-
-def _run(*arguments: str) -> tuple[str, str]:
-    """Why Python failed with these, in its last words, empty when it did not; and what it printed."""
+    environment: over our own.
+    """
+    how = {"capture_output": True, "text": True, "env": {**os.environ, **(environment or {})}}
     try:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=CHILD_S)
+        done = subprocess.run([sys.executable, *arguments], timeout=CHILD_S, **how)
     except subprocess.TimeoutExpired:
         return f"nothing came of it in {CHILD_S:.0f} s", ""
     words = done.stderr.strip().splitlines()

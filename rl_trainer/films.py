@@ -5,6 +5,7 @@ Animated WebPs, one frame a decision: `before/TASK.webp` is the first evaluation
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,10 +76,12 @@ def frames_of(episode: Episode, camera: str) -> list[np.ndarray]:
 
 
 def write_webp(path: Path, frames: Sequence[np.ndarray]) -> None:
-    """An endless animation."""
+    """An endless animation, whole or not at all."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
+    partial, how = path.with_suffix(".partial"), {"format": "WEBP", "quality": QUALITY}
     # method 0 is the quickest: a tenth of a GIF's time at half of its size.
-    first.save(path, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, quality=QUALITY, method=0)
+    first.save(partial, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, method=0, **how)
+    os.replace(partial, path)
 
 
 def read_webp(path: Path) -> list[np.ndarray]:

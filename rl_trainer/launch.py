@@ -61,7 +61,9 @@ class Child:
         calm = time.monotonic() - self._started_s > CALM_S
         self._deaths = 1 if calm else self._deaths + 1
         if self._deaths > DEATHS:
-            raise ChildFailed(f"{self.name} ended {DEATHS} times in a row, the last with code {code}; see {self._log}")
+            raise ChildFailed(
+                f"{self.name} ended {self._deaths} times in a row, the last with code {code}; see {self._log}"
+            )
         self._on_loss(f"{self.name} ended with code {code}: started again")
         self._start()
 
@@ -168,6 +170,7 @@ def started_here(
     *,
     model: str,
     unnorm_key: str | None,
+    dtype: str,
     suite: str,
     slots: int,
     coarse_practice: bool,
@@ -180,6 +183,7 @@ def started_here(
     port, admin = free_port(), free_port()
     server, (tokens, shown) = f"127.0.0.1:{port}", own_tokens(out / "access")
     serve = ["policy_server", "serve", "--model", model, "--port", str(port), "--admin-port", str(admin)]
+    serve += ["--dtype", dtype]  # the learner's, or ratios would not begin at 1
     serve += ["--episodes", str(out / "episodes"), "--max-wait-ms", str(BATCH_WAIT_MS), "--tokens", str(tokens)]
     serve += ["--unnorm-key", unnorm_key] if unnorm_key is not None else []
     serve += ["--deterministic"] if deterministic else []

@@ -456,12 +456,12 @@ def _measured_before(batch: Batch, looked: Looked, target_n: np.ndarray, version
     spread, mine = float(target_n.var()), torch.from_numpy(batch.version_n == version)
     log_ratio = looked.policy.logprobs_BN - batch.behaviour_nN
     gap = log_ratio[mine][batch.mask_nN[mine]].abs()
-    return {
+    # Overlapped episodes are all of an older version: then nothing is compared.
+    compared = {"logprob_gap": float(gap.max())} if len(gap) else {}
+    return compared | {
         "value": float(looked.values_n.mean()),
         "entropy": float(looked.policy.entropy_BN[batch.mask_nN].mean()),
         "explained_variance": 1 - float((target_n - looked.values_n).var()) / spread if spread else 0.0,
-        # Overlapped episodes are all of an older version: then nothing was compared.
-        "logprob_gap": float(gap.max()) if len(gap) else float("nan"),
         # Of a token, from who played to the policy that was found.
         "staleness_kl": float(divergence_estimate(log_ratio[batch.mask_nN]).mean()),
     }

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from protos.machine import memory_gb
-from rl_trainer.observer import Phase, Printer, Row
+from rl_trainer.observer import SPENT, TIMED, Phase, Printer, Row
 from rl_trainer.rollouts import Finished
 from rl_trainer.tally import Tally, by_task
 
@@ -34,7 +34,6 @@ OTHER_LINES = 15
 """Of the view, beside one a task."""
 WIDE = 120
 """Columns from which on there is room for instructions."""
-PHASES: tuple[Phase, ...] = ("collect", "learn", "publish", "evaluate")
 DOING: dict[Phase, str] = {
     "start": "waiting for the server",
     "collect": "collecting",
@@ -43,7 +42,6 @@ DOING: dict[Phase, str] = {
     "evaluate": "evaluating",
     "save": "saving",
 }
-SPENT = ("environment_steps", "decisions", "episodes", "optimiser_steps")
 
 
 class LiveView(Printer):
@@ -166,8 +164,8 @@ class LiveView(Printer):
         return Group(table, "")
 
     def _times(self) -> RenderableType:
-        table = _table("seconds", *PHASES)
-        seen = {name: [row[f"seconds/{name}"] for row in self._rows if f"seconds/{name}" in row] for name in PHASES}
+        table = _table("seconds", *TIMED)
+        seen = {name: [row[f"seconds/{name}"] for row in self._rows if f"seconds/{name}" in row] for name in TIMED}
         table.add_row("last", *(f"{past[-1]:.1f}" if past else "-" for past in seen.values()))
         means = (_mean(past[-RECENT:]) if past else None for past in seen.values())
         table.add_row(f"mean of {RECENT}", *("-" if mean is None else f"{mean:.1f}" for mean in means))
@@ -209,7 +207,7 @@ def seconds_left(
     if not trained:
         return by_clock
     done = int(trained[-1]["step"])
-    one = _mean([sum(row[f"seconds/{name}"] for name in PHASES[:3]) for row in trained[-RECENT:]])
+    one = _mean([sum(row[f"seconds/{name}"] for name in TIMED[:3]) for row in trained[-RECENT:]])
     measured = [row for row in rows if "seconds/evaluate" in row]
     left = max(0, iterations - done) * one
     if measured and evaluate_every:

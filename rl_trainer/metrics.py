@@ -9,6 +9,9 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
 
+Row = Mapping[str, float]
+"""A line of the curve, with its `step`."""
+
 
 class Curve:
     """Scalars by step, kept in `folder`/curve.jsonl.

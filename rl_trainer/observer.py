@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from rl_trainer.metrics import Row
 from rl_trainer.rollouts import Finished
 from rl_trainer.tally import total
 
-Row = Mapping[str, float]
 Phase = Literal["start", "collect", "learn", "publish", "evaluate", "save"]
+TIMED: tuple[Phase, ...] = ("collect", "learn", "publish", "evaluate")
+"""Those of which a row has `seconds/PHASE`."""
+SPENT = ("environment_steps", "decisions", "episodes", "optimiser_steps")
+"""What a row counts since the run began."""
 
 
 class Observer:
@@ -56,7 +60,7 @@ class Printer(Observer):
         moved = f"ratio {row['ratio']:.3f}  kl {row['update_kl']:.4f}" if "ratio" in row else "critic alone"
         self.on_note(
             f"iteration {row['step']}  success {total([row], 'train')}  {moved}  entropy {row['entropy']:.3f}  "
-            f"explained {row['explained_variance']:.2f}  gap {row['logprob_gap']:.1e}  version "
+            f"explained {row['explained_variance']:.2f}  gap {row.get('logprob_gap', float('nan')):.1e}  version "
             f"{row['version']:.0f}  {row['seconds/collect']:.0f} + {row['seconds/learn']:.0f} s"
         )
 

@@ -42,7 +42,7 @@ class Device:
 
     def __str__(self) -> str:
         if self.mig:
-            return f"GPU {self.gpu.index}, MIG {self.mig.profile}"
+            return f"GPU {self.gpu.index}, {self.mig.profile} {self.mig.uuid}"
         return f"GPU {self.gpu.index}, {self.gpu.memory_gb:.0f} GiB"
 
 
@@ -204,7 +204,11 @@ def _notes(machine: Machine, visible: str | None, devices: Sequence[Device], lea
         return ["no GPU was found: everything runs on the CPU"]
     if not devices:
         return [f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {len(machine.gpus)} GPUs: everything runs on the CPU"]
-    return [f"learner and server share {learner}: --server-sleeps makes room"] if learner and len(devices) == 1 else []
+    notes = [f"learner and server share {learner}: --server-sleeps makes room"] if learner and len(devices) == 1 else []
+    by_index = visible is not None and any(_kind(entry.strip()) == "index" for entry in visible.split(","))
+    if by_index and len({gpu.memory_gb for gpu in machine.gpus}) > 1:
+        notes.append("the GPUs differ, and CUDA_VISIBLE_DEVICES is read in nvidia-smi's order: a UUID is unmistakable")
+    return notes
 
 
 def _scenes(memory_gb: float, processes: int, scene_gb: float) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from policy_server.vla.checkpoint import DTYPES, load_config, local_folder
 from policy_server.vla.config import VLAConfig
 from policy_server.vla.preprocessing import Preprocessor
 from policy_server.vla.tokenizer import Tokenizer
+from protos.machine import cores
 from rl_trainer.calibration import SceneCosts, measure_prices, time_scenes
 from rl_trainer.costs import (
     GIB,
@@ -42,9 +43,10 @@ from rl_trainer.costs import (
 from rl_trainer.devices import find_machine
 from rl_trainer.metrics import read_curve
 from rl_trainer.placement import Placement
+from rl_trainer.run_state import differences
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.train import placed
-from rl_trainer.train_config import RECORD, TrainConfig, differences
+from rl_trainer.train_config import RECORD, TrainConfig
 
 HOST = "this machine"
 FREE = ("out", "resume", "iterations", "minutes", "evaluate_every")
@@ -81,9 +83,9 @@ def plan(config: PlanConfig) -> None:
     os.environ.update(placement.learner.environment)
     folder = local_folder(config.model, files=["*.json"])
     model, listed = load_config(folder), catalogue(config.suite)
+    schedule = schedule_of(config, model, listed, episode_share=config.episode_share)
     tasks = list(config.tasks or range(len(listed["tasks"])))
     instructions = [list(listed["tasks"].values())[task] for task in tasks]
-    schedule = schedule_of(config, model, listed, episode_share=config.episode_share)
     preprocessor = Preprocessor(model, Tokenizer.load(folder), unnorm_key=config.unnorm_key)
     shapes = trained_shapes(config, model, prompt_tokens=longest_prompt(preprocessor, instructions))
     needs = Needs(config, model, shapes, schedule, placement)
@@ -93,7 +95,7 @@ def plan(config: PlanConfig) -> None:
     require(refusal([*needs.computing(), needs.workers(scenes)]))
     require(needs.disk_refusal())
     prices = measure_prices(config, scenes, instructions)
-    host = Host(cores=os.cpu_count() or 1, processes=len(placement.workers), slots=config.slots)
+    host = Host(cores=cores(), processes=len(placement.workers), slots=config.slots)
     print("\n".join(minutes(config, schedule, prices, host)))
     if config.measured:
         print("\n".join(compared(config, schedule, prices, host, measured_of(config.measured, config))))
@@ -175,7 +177,7 @@ class Needs:
         reference = self._config.learner.loss.reference_weight > 0
         how = {"reference": reference, "averaged": self._averaged}
         learning = ranks * learner_bytes(self._shapes, **how)
-        serving = server_bytes(self._shapes, width=4 if server.memory_gb is None else 2)
+        serving = server_bytes(self._shapes, width=DTYPES[self._config.dtype].itemsize)
         if self._config.server_sleeps and server.memory_gb is not None and server.device == learner.device:
             idle = ranks * learner_bytes(replace(self._shapes, saved_bytes=0), **how)
             serving = max(0, idle + serving - learning)  # activations are gone when it wakes

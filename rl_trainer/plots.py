@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from rl_trainer.metrics import Row
+
 Axes = Any
 """matplotlib's; it takes half a second to import, and only who draws should wait for that."""
 Draw = Callable[[Axes], None]
-Row = Mapping[str, float]
-"""A line of the curve, with its `step`."""
 
 BLUE, PALE, DARK, GREY, ORANGE = "#33658a", "#86bbd8", "#22223b", "#b8b8c0", "#d1603d"
 STYLE: dict[Any, Any] = {

@@ -15,7 +15,7 @@ import numpy as np
 
 from rl_trainer.films import film_evaluation, film_name
 from rl_trainer.metrics import read_curve
-from rl_trainer.observer import Observer, Row
+from rl_trainer.observer import SPENT, TIMED, Observer, Row
 from rl_trainer.plots import BLUE, DARK, Axes, Draw, as_svg, lines, picture, stacked
 from rl_trainer.report_page import embedded, hours, table, write_page
 from rl_trainer.tally import Tally, by_task, total
@@ -26,8 +26,6 @@ LEGEND = 12
 """Tasks that a legend still tells apart."""
 GAP_LIMIT = 1e-4
 """Between the server's log-probabilities and the learner's, in float32."""
-SPENT = ("environment_steps", "decisions", "episodes", "optimiser_steps")
-PHASES = ("collect", "learn", "publish", "evaluate")
 
 
 class Reporter(Observer):
@@ -84,13 +82,16 @@ def _sections(rows: Sequence[Row], config: Mapping, folder: Path, instructions: 
 
 def panels(rows: Sequence[Row]) -> dict[str, Draw]:
     """Title -> what is drawn under it."""
-    phases, shares = {f"seconds/{phase}": phase for phase in PHASES}, "probability/"
+    phases, shares = {f"seconds/{phase}": phase for phase in TIMED}, "probability/"
     tasks = {name: name.rpartition("/")[2] for row in rows[-2:] for name in row if name.startswith(shares)}
     top = max((row.get(name, 0.0) for row in rows for name in tasks), default=1.0)
     curriculum = lines(rows, tasks, legend=len(tasks) <= LEGEND, ylim=(0, 1.4 * top), xlabel="iteration")
     return {
         "time of each phase": stacked(rows, phases, ylabel="seconds", xlabel="iteration"),
         **({"curriculum: share of each task in the practice": curriculum} if tasks else {}),
+        "return of an episode, and success: apart, the reward is hacked": lines(
+            rows, {"return": "return", "success/train": "success", "reward_alarm": "alarm"}, xlabel="iteration"
+        ),
         "divergence": lines(rows, {"update_kl": "KL", "clip_fraction": "share of ratios clipped"}, xlabel="iteration"),
         "entropy, nats a token": lines(rows, ["entropy"], legend=False, xlabel="iteration"),
         "log-probabilities, server against learner: largest gap": _gap(rows),

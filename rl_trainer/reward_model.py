@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from policy_server.vla.config import VLAConfig
 from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.tokenizer import Tokenizer
 from rl_trainer.augment import Augmentation, draw
+from rl_trainer.devices import compute_device
 from rl_trainer.imitation import learning_rate
 from rl_trainer.metrics import Curve
 from rl_trainer.milestones import MilestoneConfig
@@ -114,6 +115,7 @@ def train_reward_model(config: RewardModelConfig) -> None:
     if (config.out / RECORD).exists():
         raise ValueError(f"{config.out} already holds a reward model: choose another --out")
     torch.set_num_threads(config.threads)
+    config = replace(config, device=compute_device(config.device))
     folder = local_folder(config.policy)
     policy, tokenizer = load_config(folder), Tokenizer.load(folder)
     refused = Counter[str]()
@@ -140,6 +142,11 @@ def train_reward_model(config: RewardModelConfig) -> None:
     print(f"held out: {said or 'nothing'}", flush=True)
 
 
+def labels_of(folder: Path) -> str:
+    """The rule of the labels that the model in a folder was trained on.  Raises FileNotFoundError."""
+    return _record(folder)["config"]["milestones"]["rule"]
+
+
 def load_reward_model(
     folder: Path,
     policy: VLAConfig,
@@ -150,16 +157,19 @@ def load_reward_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> RewardModel:
     """What train_reward_model() left, to judge that policy's observations.  Raises ValueError when it cannot."""
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"{folder}: not a reward model, {RECORD} is missing")
-    record = json.loads((folder / RECORD).read_text())
-    if record["kind"] == ProgressModel.kind:
+    if _record(folder)["kind"] == ProgressModel.kind:
         model = ProgressModel.load(folder, device=device, dtype=dtype)
         model.check_reads_like(policy, tokenizer, unnorm_key)
         return model
     from rl_trainer.vlm_reward import VlmReward  # only this kind needs transformers and peft
 
     return VlmReward.load(folder, policy, tokenizer, device=device, dtype=dtype)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"{folder}: not a reward model, {RECORD} is missing")
+    return json.loads((folder / RECORD).read_text())
 
 
 def _starting_model(

@@ -1,4 +1,4 @@
-"""Where a run stands, in one safetensors file, and the models that it leaves: each written whole or not at all."""
+"""What a run was asked for, where it stands, and the models that it leaves: each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from protos.episode_file import sync
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,26 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What save_state() wrote."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def keep_record(record: Path, config: DataclassInstance, *, unsaid: Sequence[str] = ()) -> None:
+    """Writes down what was asked for, whole or not at all."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps({n: value for n, value in _said(config).items() if n not in unsaid}, indent=1))
+    os.replace(partial, record)
+
+
+def differences(record: Path, config: DataclassInstance, *, but: Sequence[str]) -> str:
+    """What a run's record says otherwise than the config, in words."""
+    before, wanted = json.loads(record.read_text()), _said(config)
+    changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
+    return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
+
+
+def _said(config: DataclassInstance) -> dict[str, Any]:
+    """As JSON has it."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 @contextmanager

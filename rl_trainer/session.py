@@ -32,21 +32,21 @@ from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors,
 from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import HELPERS, Episode
 from rl_trainer.curriculum import Curriculum
+from rl_trainer.devices import compute_device
 from rl_trainer.learner import Learner, left_out
 from rl_trainer.lessons import Lesson, Lessons, interventions, successes
 from rl_trainer.metrics import Curve
 from rl_trainer.patience import Refusal
 from rl_trainer.publisher import Publisher
 from rl_trainer.rollout_client import Idleness
-from rl_trainer.run_state import held, load_state, replaced, save_state
+from rl_trainer.run_state import differences, held, keep_record, load_state, replaced, save_state
 from rl_trainer.session_client import SessionClient
 from rl_trainer.session_config import SessionConfig
 from rl_trainer.session_report import film, write_session_report
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import Tally
-from rl_trainer.train import compute_device, reward_of
-from rl_trainer.train_config import differences, keep_record
+from rl_trainer.train import reward_of
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
 STATE, RECORD, VERSIONS = "session.safetensors", "session.json", "versions"

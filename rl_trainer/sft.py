@@ -11,7 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,13 @@ from policy_server.vla.tokenizer import Tokenizer, build_tokenizer
 from rl_trainer.augment import Augmentation
 from rl_trainer.cloner import Cloner
 from rl_trainer.demonstrations import Source
+from rl_trainer.devices import compute_device
 from rl_trainer.imitation import Objective, learning_rate, soft_targets
 from rl_trainer.metrics import Curve
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.plots import Draw, Row, lines, picture, write_png
 from rl_trainer.ranks import Ranks, launched, require_own_devices
-from rl_trainer.run_state import RunState, replaced
+from rl_trainer.run_state import RunState, differences, keep_record, replaced
 from rl_trainer.samples import Samples, collect_samples
 from rl_trainer.teacher import relabelled
 
@@ -101,6 +102,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
             raise ValueError("minutes or steps must be given")
+        for name in ("minutes", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.lora_rank and self.init == "nano":
+            raise ValueError("lora_rank must be 0 for a fresh nano: its base would be kept nowhere")
         for name in ("batch_size", "accumulate", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -120,6 +126,7 @@ PLACE = ("data", "out", "resume", "ranks", "threads", "accumulate", "device")
 def sft(config: SftConfig) -> None:
     """Trains until the budget is spent or SIGTERM, which both end with a checkpoint."""
     started_s = time.monotonic()
+    config = replace(config, device=compute_device(config.device))
     _claim(config)
     frames_file = config.out / "frames.u8"
     try:
@@ -133,19 +140,14 @@ def sft(config: SftConfig) -> None:
 def _claim(config: SftConfig) -> None:
     """Makes the folder this run's own, or checks that it is the run to resume."""
     record, state = config.out / "sft.json", config.out / STATE
-    wanted = json.loads(json.dumps(asdict(config), default=str))
     if config.resume and state.exists():
-        before = json.loads(record.read_text())
-        changed = [name for name in before if name not in BUDGET + PLACE and before[name] != wanted.get(name)]
-        if changed:
-            differences = "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
-            raise ValueError(f"{config.out} holds another run: {differences}")
+        if changed := differences(record, config, but=BUDGET + PLACE):
+            raise ValueError(f"{config.out} holds another run: {changed}")
     elif config.resume:
         raise FileNotFoundError(f"{state}: there is no run to resume")
     elif state.exists():
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
-    config.out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted, indent=1))
+    keep_record(record, config)
 
 
 def _collect(config: SftConfig, frames_file: Path) -> Samples:
@@ -183,6 +185,8 @@ def _image_reader(config: SftConfig) -> tuple[Preprocessor, int]:
     else:
         folder = local_folder(config.init)
         vla_config = replace(load_config(folder), state_dim=0, state_names=())
+        if vla_config.camera != config.camera:
+            raise ValueError(f"camera must be {vla_config.camera!r}, which {config.init} sees, got {config.camera!r}")
         tokenizer = Tokenizer.load(folder)
     return Preprocessor(vla_config, tokenizer), vla_config.chunk_length
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from rl_trainer.advantage import plain_sum, potential_shaping
-from rl_trainer.reward_model import RewardModel
+from rl_trainer.reward_model import RewardModel, labels_of
 from rl_trainer.trajectories import Trajectory
 
 
@@ -39,8 +39,16 @@ class ShapingConfig:
 
     def require_model(self, reward_model: Path | None) -> None:
         """Raises ValueError where shaping is asked for, and no reward model is given."""
-        if reward_model is None and self != ShapingConfig():
+        if reward_model is None and self.rule != "none" and self != ShapingConfig():
             raise ValueError("shaping is of a reward model's progress: there is no reward_model")
+
+    def check_labels(self, reward_model: Path) -> None:
+        """Raises ValueError for one of labels (milestones.py) with which this rule pays for dwelling anywhere."""
+        if self.rule == "paper" and labels_of(reward_model) == "progress":
+            raise ValueError(
+                "shaping.rule paper adds up milestones: it wants a reward model of the labels keyframes or window, got"
+                " one of progress, which would pay for every decision past the middle of the task"
+            )
 
 
 def shaped_rewards(

@@ -27,8 +27,9 @@ import torch
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
+from protos.machine import cores
 from rl_trainer.curriculum import Cell, Curriculum
-from rl_trainer.devices import find_machine
+from rl_trainer.devices import compute_device, find_machine
 from rl_trainer.launch import RunServer, started_here
 from rl_trainer.learner import Learner, left_out
 from rl_trainer.live_view import LiveView
@@ -70,6 +71,7 @@ def train(config: TrainConfig) -> None:
                     config.out,
                     model=config.model,
                     unnorm_key=config.unnorm_key,
+                    dtype=config.dtype,
                     suite=config.suite,
                     slots=config.slots,
                     coarse_practice=config.coarse_practice,
@@ -93,6 +95,7 @@ def placed(config: TrainConfig, *, memory_gb: float | None = None) -> Placement:
         processes=config.processes,
         visible=os.environ.get(CUDA),
         mujoco_gl=os.environ.get("MUJOCO_GL", ""),
+        render_on_learner=config.render_on_learner,
         learner_on_cpu=config.device == "cpu",
     )
 
@@ -135,6 +138,7 @@ def reward_of(config: TrainConfig | SessionConfig, checkpoint: Checkpoint) -> Re
     """What judges the policy's observations, where there is such a model; on the learner's device."""
     if config.reward_model is None:
         return None
+    config.shaping.check_labels(config.reward_model)
     return load_reward_model(
         config.reward_model,
         checkpoint.config,
@@ -143,14 +147,6 @@ def reward_of(config: TrainConfig | SessionConfig, checkpoint: Checkpoint) -> Re
         device=compute_device(config.device),
         dtype=config.dtype,
     )
-
-
-def compute_device(asked: str) -> str:
-    """What `auto` means here.  Raises ValueError when CUDA is asked for and is not to be had."""
-    cuda = torch.cuda.is_available()
-    if asked.startswith("cuda") and not cuda:
-        raise ValueError(f"device {asked!r} was asked for, but this machine or its torch has no CUDA")
-    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
 
 
 def follow(ranks: Ranks, config: TrainConfig) -> None:
@@ -264,8 +260,9 @@ class Run:
             **{f"probability/{task}": share for task, share in self.curriculum.task_probabilities.items()},
             **scalars_of(finished, "train"),
         }
-        row = self.curve.add(self.learner.iteration, **metrics, **self._spent())
-        for warning in (left_out(metrics), self.alarm.observe(metrics["return"], metrics["success/train"])):
+        alarm = self.alarm.observe(metrics["return"], metrics["success/train"])
+        row = self.curve.add(self.learner.iteration, **metrics, reward_alarm=float(bool(alarm)), **self._spent())
+        for warning in (left_out(metrics), alarm):
             if warning:
                 self._tell(lambda o, warning=warning: o.on_note(warning))
         self._tell(lambda o: o.on_iteration(row))
@@ -383,7 +380,7 @@ class Run:
     def _trajectories(self, finished: Sequence[Finished]) -> list[Trajectory]:
         """What may be learned from; tells the curriculum how it went, and counts."""
         trajectories, refused = list[Trajectory](), Counter[str]()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # images, most of it, do not hold Python's lock
+        with ThreadPoolExecutor(cores()) as pool:  # images, most of it, do not hold Python's lock
             read = list(pool.map(self._read, finished))
         for item, found in zip(finished, read, strict=True):
             if item.episode is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -16,10 +13,8 @@ from rl_trainer.curriculum import CurriculumConfig
 from rl_trainer.launch import RunServer
 from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.reward_alarm import AlarmConfig
+from rl_trainer.run_state import differences, keep_record
 from rl_trainer.shaping import ShapingConfig
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 STATE, RECORD = "state.safetensors", "train.json"
 
@@ -80,6 +75,8 @@ class TrainConfig:
     """simulator processes started here"""
     slots: int = 4
     """episodes interleaved in each"""
+    render_on_learner: bool = False
+    """workers may draw on the learner's GPU too, though there are others"""
     coarse_practice: bool = False
     """training episodes are drawn with simplified meshes, in a third of the time; evaluations never are"""
     deterministic: bool = False
@@ -102,6 +99,9 @@ class TrainConfig:
         for name in ("iterations", "rollouts", "group", "ranks", "threads", "processes", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "evaluate_states", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.rollouts % self.group:
             raise ValueError(f"rollouts must be whole groups of {self.group}, got {self.rollouts}")
         if self.learner.success_weight or self.learner.intervention_weight:
@@ -138,7 +138,7 @@ class TrainConfig:
         return RunServer.given(self.server, self.admin, self.credentials, self.admin_token_file)
 
 
-GIVEN_THERE = ("processes", "slots", "coarse_practice", "deterministic")
+GIVEN_THERE = ("processes", "slots", "render_on_learner", "coarse_practice", "deterministic")
 """What a run says to a server and workers of its own."""
 BUDGET = ("iterations", "minutes", "resume", "out", "evaluate_every", "processes", "slots", "server", "admin")
 """What may differ between a run and its continuation."""
@@ -158,23 +158,3 @@ def claim(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"{config.out} already holds a run: add --resume to go on with it, or choose another --out")
     keep_record(record, config, unsaid=UNSAID)
     return replace(config, resume=begun)
-
-
-def keep_record(record: Path, config: DataclassInstance, *, unsaid: Sequence[str]) -> None:
-    """Writes down what was asked for, whole or not at all."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({n: value for n, value in _said(config).items() if n not in unsaid}, indent=1))
-    os.replace(partial, record)
-
-
-def differences(record: Path, config: DataclassInstance, *, but: Sequence[str]) -> str:
-    """What a run's record says otherwise than the config, in words."""
-    before, wanted = json.loads(record.read_text()), _said(config)
-    changed = [name for name in before if name not in but and before[name] != wanted.get(name)]
-    return "; ".join(f"{name} was {before[name]!r}, got {wanted.get(name)!r}" for name in changed)
-
-
-def _said(config: DataclassInstance) -> dict[str, Any]:
-    """As JSON has it."""
-    return json.loads(json.dumps(asdict(config), default=str))

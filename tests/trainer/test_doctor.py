@@ -17,12 +17,14 @@ from policy_server.vla_model import VlaModel
 from protos.channel import free_port
 from rl_trainer import doctor as doctor_module
 from rl_trainer.costs import KEPT_VERSIONS, decision_bytes
+from rl_trainer.devices import Machine
 from rl_trainer.doctor import (
     DoctorConfig,
     Finding,
     Patient,
     check_assets,
     check_checkpoint,
+    check_devices,
     check_disk,
     check_rendering,
     check_server,
@@ -71,7 +73,7 @@ def test_a_healthy_setup_passes(tiny_vla: Path, tmp_path: Path, capsys: pytest.C
         assert doctor(config_of(tmp_path, tiny_vla, server=server.address)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["ok", name] for name in ("rendering", "assets", "checkpoint", "statistics", "disk", "server")
+        ["ok", name] for name in ("devices", "rendering", "assets", "checkpoint", "statistics", "disk", "server")
     ]
 
 
@@ -79,6 +81,18 @@ def test_one_failure_fails_the_whole(monkeypatch: pytest.MonkeyPatch, tiny_vla: 
     monkeypatch.setattr(doctor_module, "CHECKS", (check_disk, check_statistics))
     assert doctor(config_of(tmp_path, tiny_vla)) == 0
     assert doctor(config_of(tmp_path, tiny_vla, free_gb=0.0)) == 1
+
+
+def test_a_device_that_is_not_there_is_found_and_memory_for_no_scene(
+    monkeypatch: pytest.MonkeyPatch, tiny_vla: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    finding = only(check_devices, config_of(tmp_path, tiny_vla, device="cuda"))
+    assert finding.verdict == "FAIL" and "'cuda' was asked for" in finding.text
+    monkeypatch.setattr("rl_trainer.train.find_machine", lambda: Machine(memory_gb=0.5))
+    for check in (check_devices, check_rendering):
+        finding = only(check, config_of(tmp_path, tiny_vla))
+        assert finding.verdict == "FAIL" and "a worker needs memory for one scene" in finding.text
 
 
 def test_a_renderer_that_does_not_work_is_found(

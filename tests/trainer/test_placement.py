@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rl_trainer.devices import EglDevice, Gpu, Machine, Mig, find_machine, parse_gpus, pci_of_drm
-from rl_trainer.placement import Placement, plan, visible_devices
+from rl_trainer.placement import Device, Placement, plan, visible_devices
 
 PARTS = (
     Mig(uuid="MIG-1a2b-0001", profile="3g.40gb"),
@@ -206,14 +206,30 @@ def test_gpus_are_read_from_what_nvidia_smi_prints() -> None:
         "GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-aa11)\n"
         "  MIG 1g.10gb     Device  0: (UUID: MIG-GPU-aa11/1/0)\n"
     )
-    assert parse_gpus(table, listing) == (
+    assert parse_gpus(table, listing, shared_gb=1.0) == (
         Gpu(index=0, uuid="GPU-aa00", pci="0000:3b:00.0", memory_gb=79.6, mig=PARTS[:2]),
         Gpu(
             index=1, uuid="GPU-aa11", pci="10000:af:00.0", memory_gb=79.6,
             mig=(Mig(uuid="MIG-GPU-aa11/1/0", profile="1g.10gb"),),
         ),
     )  # fmt: skip
-    assert parse_gpus("", "") == ()
+    assert parse_gpus("", "", shared_gb=1.0) == ()
+
+
+def test_an_index_that_may_mean_another_gpu_is_spoken_of() -> None:
+    mixed = replace(FOUR, gpus=(replace(GPUS[0], memory_gb=24.0), *GPUS[1:]))
+    assert any("the GPUs differ" in note for note in placed(mixed, visible="0,1").notes)
+    assert not placed(mixed, visible="GPU-aa00,GPU-aa11").notes and not placed(FOUR, visible="0,1").notes
+
+
+def test_a_gpu_that_shares_the_machines_memory_has_that() -> None:
+    [spark] = parse_gpus("0, GPU-aa00, 0000000F:01:00.0, [N/A]\n", "", shared_gb=119.7)
+    assert spark.memory_gb == 119.7
+
+
+def test_equal_parts_of_a_gpu_are_told_apart() -> None:
+    one, other = (Device(gpu=Gpu(index=0, uuid="GPU-aa00", pci="", memory_gb=80.0), mig=mig) for mig in PARTS[:2])
+    assert one.mig and other.mig and one.mig.profile == other.mig.profile and str(one) != str(other)
 
 
 def test_an_egl_device_is_where_sysfs_puts_its_file(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rl_trainer.learner import Learner
 from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.placement import Place, Placement
 from rl_trainer.plan import FREE, Needs, PlanConfig, compared, measured_of, minutes, plan, schedule_of
-from rl_trainer.train_config import differences
+from rl_trainer.run_state import differences
 from tests.trainer.test_costs import HOST, PRICES, SCHEDULE, STATISTICS
 
 LISTED = {

@@ -52,7 +52,7 @@ def planted(tiny_vla: Path, tmp_path: Path) -> Path:
         answers_VD[no], answers_VD[yes] = 0.0, 5 * hidden_D / (hidden_D @ hidden_D)
     folder = tmp_path / "planted"
     model.save(folder)
-    (folder / RECORD).write_text(json.dumps({"kind": model.kind}))
+    (folder / RECORD).write_text(json.dumps({"kind": model.kind, "config": {"milestones": {"rule": "keyframes"}}}))
     loaded = load_reward_model(folder, checkpoint.config, checkpoint.tokenizer)
     assert loaded.predict([seen])[0] > 0.9
     return folder
@@ -135,3 +135,4 @@ def test_a_policy_that_is_paid_for_dwelling_sets_off_the_alarm_and_a_potential_d
     rises = np.diff([row["return"] for row in rows]) > 0
     assert rises.all() if warned else not rises.any()
     assert ("reward hacking: over 4 iterations" in capsys.readouterr().out) is warned
+    assert [row["reward_alarm"] for row in rows] == [0.0] * (ITERATIONS - 1) + [float(warned)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,6 +127,16 @@ def test_a_rollout_that_ended_as_an_error_leaves_its_film_alone(tiny_vla: Path, 
     there = film.read_bytes()
     film_evaluation(tmp_path, 20, [finished("suite/0", "e"), finished("suite/0", "s")], camera="agentview")
     assert film.read_bytes() == there
+
+
+def test_a_film_that_a_kill_cut_short_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film, frames = tmp_path / "a.webp", [np.zeros((16, 16, 3), np.uint8)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_webp(film, frames)
+    assert not film.exists()
+    write_webp(film, frames)
+    assert len(read_webp(film)) == 1
 
 
 def test_equal_frames_are_read_as_often_as_they_were_written(tmp_path: Path) -> None:

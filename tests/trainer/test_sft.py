@@ -271,6 +271,26 @@ def test_a_run_with_a_teacher_learns_from_failures_and_a_teacher_of_other_chunks
         sft(config(lost, tmp_path / "other", "nano", teacher=str(tiny_vla), unnorm_key="tiny"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": 0.0}, "minutes must be above 0, got 0"),
+        ({"steps": -1}, "steps must be above 0, got -1"),
+        ({"steps": 1, "lora_rank": 4}, "lora_rank must be 0 for a fresh nano"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SftConfig(data=(tmp_path,), out=tmp_path, **changes)
+
+
+def test_a_checkpoint_is_taught_from_the_camera_that_it_sees(
+    demonstrations: Path, tiny_vla: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"camera must be 'agentview', which .* sees, got 'wrist'"):
+        sft(config(demonstrations, tmp_path, tiny_vla, steps=1, camera="wrist"))
+
+
 def test_ranks_that_would_share_a_gpu_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ranks must be 1 on cuda, which all would share, got 2"):
         SftConfig(data=(), out=tmp_path, steps=1, device="cuda", ranks=2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import rankdata
 
 from policy_server.vla.preprocessing import Prepared
+from rl_trainer.reward_model import RECORD
 from rl_trainer.shaping import ShapingConfig, shaped_rewards
 from rl_trainer.trajectories import Trajectory
 
@@ -114,6 +117,20 @@ def test_the_model_is_asked_once_for_all_trajectories_and_each_gets_its_own() ->
     assert model.asked == [3 + 1 + 3]
     for way, rewards_T in zip(ways, together, strict=True):
         np.testing.assert_allclose(rewards_T, shaped_rewards([way], model, POTENTIAL, gamma=GAMMA)[0])
+
+
+def test_a_sum_of_milestones_wants_a_model_of_milestones(tmp_path: Path) -> None:
+    for labels in ("progress", "window"):
+        (tmp_path / labels).mkdir()
+        (tmp_path / labels / RECORD).write_text(json.dumps({"config": {"milestones": {"rule": labels}}}))
+    with pytest.raises(ValueError, match="wants a reward model of the labels keyframes or window, got one of progress"):
+        ShapingConfig(rule="paper").check_labels(tmp_path / "progress")
+    ShapingConfig(rule="paper").check_labels(tmp_path / "window")
+    ShapingConfig().check_labels(tmp_path / "progress")
+
+
+def test_no_shaping_wants_no_model() -> None:
+    ShapingConfig(rule="none").require_model(None)
 
 
 def test_a_weight_that_adds_nothing_is_refused() -> None:

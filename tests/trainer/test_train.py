@@ -134,6 +134,9 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
             "processes is for a server and workers started here: say it to those at localhost:1",
         ),
         ({"shaping": ShapingConfig(rule="paper")}, "there is no reward_model"),
+        ({"evaluate_every": -1}, "evaluate_every must be >= 0, got -1"),
+        ({"evaluate_states": -1}, "evaluate_states must be >= 0, got -1"),
+        ({"lora_rank": -1}, "lora_rank must be >= 0, got -1"),
         ({"device": "cuda:1"}, "device must be cpu, cuda or auto where the run is placed, got 'cuda:1'"),
     ],
 )
