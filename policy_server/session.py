@@ -196,9 +196,8 @@ class Turns:
             if episode.began_s < since_s and episode.episode_id not in self._ended:
                 self._ended[episode.episode_id] = Trial(success=False, error=True, ticks=0)
 
-    @property
     def due(self) -> tuple[Begun, Trial] | None:
-        """The one whose turn has come, until take(): those before it are over, and it is."""
+        """The one whose turn to be counted has come, until take(); those that are no trial give up theirs."""
         while self._begun and (first := next(iter(self._begun))) in self._ended:
             if (trial := self._ended[first]) is not None:
                 return self._begun[first], trial

@@ -349,7 +349,12 @@ def test_a_log_that_is_damaged_elsewhere_stops_the_server_and_is_named(lab):
     log = lab.folder / "sessions" / "s.jsonl"
     lab.play(LIVE, SUCCESS)
     whole = log.read_bytes()
-    for damaged, line in ((b"{}\n" + whole, 1), (whole + b"what\n", 3), (whole + b"[]\n", 3)):
+    for damaged, line in (
+        (b"{}\n" + whole, 1),
+        (whole + b"what\n", 3),
+        (whole + b"[]\n", 3),
+        (whole.replace(b"trial", b"reason"), 2),
+    ):
         log.write_bytes(damaged)
         with pytest.raises(CannotStart, match=rf"line {line} of the session log '{log}' is damaged"):
             lab.restart()
