@@ -35,6 +35,13 @@ START_S = 60.0
 NUMBERS = itertools.count(2)
 
 
+@pytest.fixture(autouse=True)
+def time_shared() -> Iterator[None]:
+    """libfranka gives the thread that moves an arm a real-time priority, and later tests' threads would inherit it."""
+    yield
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def simulate(host: str, ready: Event) -> None:
     """The process of one robot, at home, its hand half open."""
     from franky_sim import SimulationServer

@@ -81,8 +81,7 @@ def test_resident_memory_is_this_processs():
     assert 0.15 < grown_gb < 0.4
 
 
-def test_the_default_budget_is_of_what_a_container_may_use(monkeypatch, tmp_path):
+def test_the_default_budget_is_of_what_a_container_may_use(monkeypatch):
     whole = default_budget_gb(1)
-    (tmp_path / "memory.max").write_text(str(2**30))
-    monkeypatch.setattr(machine, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(machine, "memory_limits", lambda: [2**30])
     assert default_budget_gb(2) == 0.25 < whole
