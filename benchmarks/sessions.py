@@ -25,7 +25,6 @@ over) and when; every line of the session's log; the curve of the trainer.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -211,7 +210,7 @@ def main(config: SessionsConfig) -> int:
     for experiment, path in paths.items():
         if not path.exists() and time.monotonic() < give_up_s:
             result = {"experiment": asdict(experiment), **carry_out(experiment, Start.of_recipe(config.runs))}
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            recipe.write_json(path, result)
     return int(not all(path.exists() for path in paths.values()))
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from policy_server.batcher import Ticket
 from policy_server.episode_store import EpisodeStore
@@ -36,6 +36,8 @@ DEFAULT_CLIENT_EPISODES = 256
 MAX_EPISODE_BYTES = 4 * 2**30
 """After so many in its file an episode takes no more decisions: one that nobody ends would fill the disk."""
 
+EndedBy = Literal["client", "server", "silence"]
+"""At whose word an episode ends; silence: at the server's, since nothing was heard of its client for too long."""
 MakeStart = Callable[[str, policy_pb2.StartEpisodeRequest, Rollout | None], episode_pb2.EpisodeStart]
 """The first record of an episode of that id.  Raises Refused."""
 
@@ -278,19 +280,15 @@ class Episodes:
         end: episode_pb2.EpisodeEnd,
         ticks: Iterable[episode_pb2.Tick],
         *,
-        by_server: bool = False,
-        silent: bool = False,
+        by: EndedBy = "client",
     ) -> None:
-        """Ends an episode; by_server: its client has not asked for it; silent: nor for anything else, for too long.
-
-        Raises EpisodeLost when it cannot be stored.
-        """
+        """Ends an episode.  Raises EpisodeLost when it cannot be stored."""
         episode_id = episode.start.episode_id
         if episode_id not in self._open:  # a decision that was under way has lost it
             self.ended_as(episode_id)
         # What the server ended tells a session nothing, unless its version may have brought a robot to silence.
-        silenced = silent and episode.decisions > 0 and episode.lease is None
-        tells = self._claim_rollout(episode, end) and (silenced or not by_server)
+        silenced = by == "silence" and episode.decisions > 0 and episode.lease is None
+        tells = self._claim_rollout(episode, end) and (by == "client" or silenced)
         sequence = 0
         try:
             episode.executed(ticks)
@@ -304,7 +302,9 @@ class Episodes:
         elif episode.lease is not None:
             self._rollouts.complete(episode.lease)
         refusal = f"the server has closed episode {episode_id!r} as an error: {end.message}"
-        self._forget(episode, functools.partial(OutOfOrder, refusal, field="episode_id") if by_server else sequence)
+        self._forget(
+            episode, functools.partial(OutOfOrder, refusal, field="episode_id") if by != "client" else sequence
+        )
         log.info("episode ended", extra=_record(episode, end) | {"sequence": sequence})
 
     async def lose(self, episode: Episode, error: Exception) -> EpisodeLost:

@@ -23,7 +23,7 @@ from policy_server.act_stream import RobotStream
 from policy_server.batcher import Answered, Batcher, DecodeRequest, Ticket
 from policy_server.calls import client_of
 from policy_server.crew import Crew
-from policy_server.episodes import Episode, Episodes, Flight
+from policy_server.episodes import EndedBy, Episode, Episodes, Flight
 from policy_server.errors import Abandoned, BadRequest, OutOfOrder, Refused, Superseded
 from policy_server.logs import about
 from policy_server.metrics import Metrics, counted
@@ -124,7 +124,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             for episode in silent:
                 log.warning("episode %s was silent for %g s: closed as an error", episode.start.episode_id, idle_s)
             why = f"nothing was heard of it for {idle_s:g} s"
-            await asyncio.gather(*(self._close(episode, error=why, silent=True) for episode in silent))
+            await asyncio.gather(*(self._close(episode, error=why, by="silence") for episode in silent))
 
     def check(self) -> None:
         """Raises Unavailable while no episodes are taken."""
@@ -313,8 +313,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         end: episode_pb2.EpisodeEnd,
         ticks: list[episode_pb2.Tick],
         *,
-        by_server: bool = False,
-        silent: bool = False,
+        by: EndedBy = "client",
     ) -> asyncio.Task[None]:
         """Closes an episode, once: a closing under way goes on."""
 
@@ -322,7 +321,7 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
             for flight in list(episode.flights.values()):
                 self._batcher.withdraw(flight.ticket, Superseded("superseded by the end of the episode"))
                 await asyncio.wait({flight.task})  # one that is in the model is still recorded
-            await self._episodes.close(episode, end, ticks, by_server=by_server, silent=silent)
+            await self._episodes.close(episode, end, ticks, by=by)
 
         episode.closing = episode.closing or asyncio.create_task(close())
         return episode.closing
@@ -333,9 +332,9 @@ class PolicyService(policy_pb2_grpc.PolicyServicer):
         await asyncio.gather(*under_way, return_exceptions=True)
         await self._close(episode, error="the server stopped")
 
-    async def _close(self, episode: Episode, *, error: str, silent: bool = False) -> None:
+    async def _close(self, episode: Episode, *, error: str, by: EndedBy = "server") -> None:
         end = episode_pb2.EpisodeEnd(outcome=episode_pb2.OUTCOME_ERROR, message=error, ended_unix_ns=time.time_ns())
-        closing = self._begin_close(episode, end, [], by_server=True, silent=silent)
+        closing = self._begin_close(episode, end, [], by=by)
         with contextlib.suppress(Refused), refusals_only():  # whatever it is, the log says so, and the others go on
             await asyncio.shield(closing)  # who waits may be cancelled, the closing not
 

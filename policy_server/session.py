@@ -72,6 +72,8 @@ class Event:
     def __post_init__(self) -> None:
         if self.what not in get_args(What):
             raise ValueError(f"what must be one of {get_args(What)}, got {self.what!r}")
+        if self.what == "episode" and self.trial is None:
+            raise ValueError("an episode must have a trial")
 
     @property
     def line(self) -> dict[str, Any]:

@@ -380,7 +380,7 @@ def _read(path: Path) -> Session | None:
                 session = Session(Charter.of(said))
             else:
                 session.apply(Event.of(said))
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise CannotStart(
                 f"line {number} of the session log {str(path)!r} is damaged ({error!r}): mend it, or move the file"
                 " elsewhere to go on without that session"

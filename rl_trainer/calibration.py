@@ -32,6 +32,7 @@ from policy_server.vla.preprocessing import Prepared, Preprocessor
 from policy_server.vla.scoring import score
 from protos.machine import cores
 from rl_trainer.costs import MOST_REQUESTS, Prices
+from rl_trainer.devices import compute_device
 from rl_trainer.placement import Placement
 from rl_trainer.ranks import launched
 from rl_trainer.shaping import shaped_rewards
@@ -158,15 +159,15 @@ def _time_decoding(config: TrainConfig, observations: Sequence[Prepared]) -> tup
 
     On CUDA where there is some, wherever the learner is: so the server is placed.
     """
-    cuda = torch.cuda.is_available()
+    device = compute_device("auto")
     policy = Policy.load(
         config.model,
         unnorm_key=config.unnorm_key,
-        device="cuda" if cuda else "cpu",
+        device=device,
         dtype=config.dtype,
         deterministic_batch=MOST_REQUESTS if config.deterministic else None,
     )
-    clock = time.perf_counter if cuda else time.process_time
+    clock = time.perf_counter if device == "cuda" else time.process_time
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the server decodes
     inputs = [DecodeInput(prepared=one, temperature=1.0) for one in (*observations,) * MOST_REQUESTS][:MOST_REQUESTS]

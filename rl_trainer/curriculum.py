@@ -57,13 +57,12 @@ class Curriculum:
                 f"cells must differ and be at least one, got {len(cells)}, of them {len(set(cells))} different"
             )
         self.cells, self._config = tuple(cells), config
-        self._known = set(cells)
         self._outcomes = deque[tuple[Cell, bool]](maxlen=config.window)
         self._rng = np.random.default_rng(seed)
 
     def observe(self, task: str, initial_state: str, success: bool) -> None:
         """How an episode ended.  An error says nothing about a cell, and does not belong here."""
-        if (task, initial_state) not in self._known:
+        if (task, initial_state) not in self.cells:
             raise ValueError(f"({task!r}, {initial_state!r}) is none of the curriculum's {len(self.cells)} cells")
         self._outcomes.append(((task, initial_state), bool(success)))
 

@@ -117,19 +117,19 @@ class Patient:
         return suites[config.suite]
 
     @cached_property
-    def placement(self) -> Placement | None:
-        """Where the run's processes would go on this machine; None where a server is given, with workers of its own.
-
-        Raises ValueError when memory holds no scene.
-        """
-        return None if self.config.server else placed(self.config)
+    def placement(self) -> Placement | str | None:
+        """Where the run's processes would go on this machine, or why they cannot; None where a server is given, which
+        has workers of its own."""
+        try:
+            return None if self.config.server else placed(self.config)
+        except ValueError as error:
+            return str(error)
 
     def drawing(self, task_id: str) -> str:
         """Why no frame of the task can be drawn as a worker of the run would draw it; empty when one can."""
-        try:
-            environment = self.placement.workers[0].environment if self.placement else {}
-        except ValueError as error:
-            return str(error)
+        if isinstance(self.placement, str):
+            return self.placement
+        environment = self.placement.workers[0].environment if self.placement else {}
         return _run("-c", RENDER, task_id, environment=environment)[0]
 
     @cached_property
@@ -145,10 +145,14 @@ class Patient:
 
 def check_devices(patient: Patient) -> Iterator[Finding]:
     """Whether there is what the learner asks for, and memory for a scene."""
+    placement = patient.placement
     try:
-        where, placement = compute_device(patient.config.device), patient.placement
+        where = compute_device(patient.config.device)
     except ValueError as error:
-        yield Finding(check="devices", verdict="FAIL", text=f"{error}; see --device and --processes")
+        yield Finding(check="devices", verdict="FAIL", text=f"{error}; see --device")
+        return
+    if isinstance(placement, str):
+        yield Finding(check="devices", verdict="FAIL", text=f"{placement}; see --processes")
         return
     rest = f", server on {placement.server.device}, {len(placement.workers)} workers" if placement else ""
     yield Finding(check="devices", verdict="ok", text=f"learner on {where}{rest}")
@@ -306,14 +310,14 @@ def _spec(config: DoctorConfig) -> policy_pb2.PolicySpec | str:
     return tls_trouble(address, config.credentials) or f"{address} does not answer: {details}; {start}"
 
 
-def _run(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
+def _run(*arguments: str, environment: Mapping[str, str] = {}) -> tuple[str, str]:
     """Why Python failed with these, in its last words, empty when it did not; and what it printed.
 
     environment: over our own.
     """
-    how = {"capture_output": True, "text": True, "env": {**os.environ, **(environment or {})}}
+    command, over = [sys.executable, *arguments], {**os.environ, **environment}
     try:
-        done = subprocess.run([sys.executable, *arguments], timeout=CHILD_S, **how)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=over)
     except subprocess.TimeoutExpired:
         return f"nothing came of it in {CHILD_S:.0f} s", ""
     words = done.stderr.strip().splitlines()

@@ -78,9 +78,17 @@ def frames_of(episode: Episode, camera: str) -> list[np.ndarray]:
 def write_webp(path: Path, frames: Sequence[np.ndarray]) -> None:
     """An endless animation, whole or not at all."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    partial, how = path.with_suffix(".partial"), {"format": "WEBP", "quality": QUALITY}
-    # method 0 is the quickest: a tenth of a GIF's time at half of its size.
-    first.save(partial, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, method=0, **how)
+    partial = path.with_suffix(".partial")
+    first.save(
+        partial,
+        format="WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=FRAME_MS,
+        loop=0,
+        quality=QUALITY,
+        method=0,  # the quickest: a tenth of a GIF's time at half of its size
+    )
     os.replace(partial, path)
 
 

@@ -205,7 +205,7 @@ def _notes(machine: Machine, visible: str | None, devices: Sequence[Device], lea
     if not devices:
         return [f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {len(machine.gpus)} GPUs: everything runs on the CPU"]
     notes = [f"learner and server share {learner}: --server-sleeps makes room"] if learner and len(devices) == 1 else []
-    by_index = visible is not None and any(_kind(entry.strip()) == "index" for entry in visible.split(","))
+    by_index = visible is not None and _kind(visible.strip()) == "index"
     if by_index and len({gpu.memory_gb for gpu in machine.gpus}) > 1:
         notes.append("the GPUs differ, and CUDA_VISIBLE_DEVICES is read in nvidia-smi's order: a UUID is unmistakable")
     return notes
