@@ -1,9 +1,10 @@
 """How much of a policy gradient is signal, by the way its advantages are estimated.
 
-    python -m benchmarks.gradient_noise --run runs/recipe/object-coherent-0 [--first 6] [--iterations 20]
+    python -m benchmarks.gradient_noise --run RUN [--first 0] [--iterations 10]
 
-Each iteration's practice episodes give a gradient, at the weights they were practised with.  What two iterations have
-in common is signal: the mean inner product of two gradients estimates |signal|^2, that of a gradient with itself
+Each iteration's practice episodes give a gradient, at the weights that the run began with and that practised them: RUN
+is of critic warm-up alone (`train --learner.warm-up 10 --iterations 10`).  What two iterations have in common is
+signal: the mean inner product of two gradients estimates |signal|^2, that of a gradient with itself
 |signal|^2 + |noise|^2.  Printed is their ratio for one iteration and its standard error by a jackknife over all;
 plain, as SGD would step, and with every coordinate divided by its root mean square over iterations, as Adam would.
 Critics are fitted to other iterations than those they judge, on what the backbone made of the observations when the run
@@ -24,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
 from protos import episode_pb2
@@ -58,8 +58,7 @@ class GradientNoiseConfig:
     """folder of a run of GAE that had a reward model and started its own server"""
     first: int = 0
     """iteration, from 0"""
-    iterations: int = 20
-    """so many; the signal should not change much meanwhile"""
+    iterations: int = 10
     threads: int = 2
     out: Path = field(default=RESULTS)
 
@@ -69,8 +68,6 @@ class Group:
     """The episodes of an iteration."""
 
     trajectories: Sequence[Trajectory]
-    weights: Path | None
-    """they were practised with; None: those the run began with"""
     hidden_nD: torch.Tensor
     after_ED: torch.Tensor
     """of what each trajectory was cut before; zeros where its task ended"""
@@ -84,7 +81,7 @@ def main(config: GradientNoiseConfig) -> None:
     gamma = record["learner"]["gamma"]
     checkpoint = load_checkpoint(record["model"])
     reward = load_reward_model(Path(record["reward_model"]), checkpoint.config, checkpoint.tokenizer)
-    groups = [group_of(some, config.run, record, checkpoint, reward) for some in practised(config, checkpoint)]
+    groups = [group_of(some, record, checkpoint, reward) for some in practised(config, checkpoint)]
     print(f"{sum(len(group.trajectories) for group in groups)} trajectories of {len(groups)} iterations", flush=True)
     advantages = {name: estimated(groups, *how, gamma=gamma) for name, how in ESTIMATORS.items()}
     gradients = gradients_of(checkpoint, groups, advantages)
@@ -115,22 +112,17 @@ def practised(config: GradientNoiseConfig, checkpoint: Checkpoint) -> list[list[
     return list(found.values())
 
 
-def group_of(
-    trajectories: Sequence[Trajectory], run: Path, record: dict, checkpoint: Checkpoint, reward: RewardModel
-) -> Group:
-    """Reads what the episodes show, with the weights the run began with."""
-    versions = {int(version) for trajectory in trajectories for version in trajectory.version_T}
-    if len(versions) != 1:
-        raise ValueError(f"an iteration must be practised with one version, not overlapped, got {sorted(versions)}")
-    (version,) = versions
-    weights = run / "episodes" / "versions" / f"{version:08d}" / "model.safetensors" if version else None
+def group_of(trajectories: Sequence[Trajectory], record: dict, checkpoint: Checkpoint, reward: RewardModel) -> Group:
+    """Reads what the episodes show."""
+    if versions := {int(version) for trajectory in trajectories for version in trajectory.version_T} - {0}:
+        raise ValueError(f"episodes must be of version 0, which the run began with, got {sorted(versions)}")
     hidden_nD, after_ED = read(checkpoint, trajectories)
     gamma = record["learner"]["gamma"]
     rewards = {
         shaped: shaped_rewards(trajectories, reward if shaped else None, ShapingConfig(), gamma=gamma)
         for shaped in (True, False)
     }
-    return Group(trajectories=trajectories, weights=weights, hidden_nD=hidden_nD, after_ED=after_ED, rewards=rewards)
+    return Group(trajectories=trajectories, hidden_nD=hidden_nD, after_ED=after_ED, rewards=rewards)
 
 
 @torch.no_grad()
@@ -188,10 +180,8 @@ def gradients_of(
     model, trained = checkpoint.model, list(checkpoint.model.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
-    began = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {name: torch.zeros(len(groups), sum(p.numel() for p in trained)) for name in advantages}
     for number, group in enumerate(groups):
-        model.load_state_dict(load_file(group.weights) if group.weights else began)
         batch = Batch.of(group.trajectories)
         prompts = Prompter(model, batch.observations)
         for rows in prompts.parts(np.arange(len(batch)), PASS):
