@@ -12,7 +12,6 @@ the server.
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import tyro
 from benchmarks.sessions import SUITE, TASKS, Lab, Start, lab
 from protos import admin_pb2, admin_pb2_grpc, session_pb2
 from protos.channel import dial
-from rl_trainer.launch import die_with_parent
+from rl_trainer.launch import tied
 from rl_trainer.run_state import load_state
 from rl_trainer.session import STATE, VERSIONS
 from rl_trainer.session_client import SessionClient
@@ -76,18 +75,15 @@ class Trainer:
     """
 
     def __init__(self, at: At, out: Path, *options: str, niceness: int = 0):
-        self.out, self._niceness = out, niceness
-        self._command = [sys.executable, "-m", "rl_trainer", "session", "start", "--out", str(out)]
+        self.out = out
+        self._command = ["nice", "-n", str(niceness), sys.executable, "-m", "rl_trainer", "session", "start"]
+        self._command += ["--out", str(out)]
         self._command += ["--server", at.server, "--admin", at.admin, *options]
         self.start()
 
     def start(self) -> None:
         resume = ["--resume"] if (self.out / STATE).exists() else []
-        self.process = subprocess.Popen([*self._command, *resume], preexec_fn=self._settle)
-
-    def _settle(self) -> None:
-        os.nice(self._niceness)
-        die_with_parent()
+        self.process = subprocess.Popen(tied([*self._command, *resume]))
 
     def kill(self) -> None:
         self.process.kill()

@@ -58,6 +58,9 @@ def main() -> int:
     except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; what was saved by then is kept, and --resume goes on from it", file=sys.stderr)
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -25,8 +23,13 @@ DEATHS = 10
 """How often a child may die, with no calm between, before it is left alone."""
 BATCH_WAIT_MS = 100
 """Of a server of the run's own: workers have other episodes to move meanwhile, and a shared pass is a cheap one."""
+TIED = """
+import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Child:
@@ -79,12 +82,11 @@ class Child:
         self._started_s = time.monotonic()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command,
+                tied(self._command),
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent,
             )
 
 
@@ -92,10 +94,12 @@ class ChildFailed(RuntimeError):
     """A process of the run cannot be kept alive."""
 
 
-def die_with_parent() -> None:
-    """In a child on Linux: SIGTERM when the parent is gone, however it went."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def tied(command: Sequence[str]) -> list[str]:
+    """The command, which on Linux gets SIGTERM once this process is gone, however it went.
+
+    It says so to the kernel itself: a preexec_fn would fork beside gRPC's threads, and now and then dies of it.
+    """
+    return [sys.executable, "-c", TIED, str(os.getpid()), *command] if sys.platform == "linux" else [*command]
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from rl_trainer.__main__ import COMMANDS, FAILED, main
 from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner_config import LearnerConfig
 from rl_trainer.ranks import Ranks
@@ -143,3 +145,14 @@ def test_a_rollouts_seed_is_a_function_of_its_place() -> None:
 def test_a_run_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(tmp_path, tmp_path, **changes)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["rl_trainer", "train", "--suite", "robosuite", "--out", str(tmp_path)])
+    monkeypatch.setitem(COMMANDS, TrainConfig, interrupted)
+    assert main() == FAILED and "--resume goes on" in capsys.readouterr().err
