@@ -124,7 +124,7 @@ class MergeConfig:
 
 def merge(config: MergeConfig) -> int:
     """Writes the checkpoint, whole or not at all.  Raises CannotStart."""
-    from policy_server.vla.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from policy_server.vla.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, with_statistics
     from policy_server.vla.lora import load_lora, merge_lora
 
     if config.out.exists():
@@ -132,6 +132,7 @@ def merge(config: MergeConfig) -> int:
     try:
         dtype = None if config.dtype == "stored" else config.dtype
         base = load_checkpoint(config.model, dtype=dtype)
+        base.model.config = with_statistics(base.config, config.adapter)
         load_lora(base.model, config.adapter)
         merge_lora(base.model)
         config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ def load(config: ServeConfig) -> VlaModel:
     try:
         policy = Policy.load(
             config.model,
-            adapter=None if beside else config.adapter,
+            adapter=config.adapter,
+            merged=not beside,
             unnorm_key=config.unnorm_key,
             image_path=None if config.image_path == "checkpoint" else config.image_path,
             device=device,

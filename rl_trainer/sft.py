@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from policy_server.vla.checkpoint import load_checkpoint, load_config, local_folder, save_checkpoint
+from policy_server.vla.checkpoint import STATISTICS, load_checkpoint, load_config, local_folder, save_checkpoint
 from policy_server.vla.config import NANO_TEXT_VOCABULARY, VLAConfig, nano_config
 from policy_server.vla.lora import apply_lora, save_lora
 from policy_server.vla.model import VLA
@@ -358,9 +358,9 @@ class Run:
         with replaced(self.config.out / name) as folder:
             if self.config.lora_rank:
                 save_lora(self.model, folder, base=self.config.init)
-                # An adapter has no config.json for what its tokens mean; the published training uses this name.
+                # An adapter has no config.json for what its tokens mean.
                 statistics = {self.config.unnorm_key: self.model.config.norm_stats[self.config.unnorm_key]}
-                (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
+                (folder / STATISTICS).write_text(json.dumps(statistics, indent=1))
             else:
                 save_checkpoint(folder, self.model, self.tokenizer)
 

@@ -22,7 +22,7 @@ from policy_server.vla.model import VLA
 from policy_server.vla.tokenizer import FILE as TOKENIZER
 from policy_server.vla.tokenizer import Tokenizer
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR, STATISTICS = "config.json", "preprocessor_config.json", "dataset_statistics.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors"]
 SHARD_BYTES = 5_000_000_000
@@ -95,13 +95,14 @@ def local_folder(source: Path | str, *, files: Sequence[str] = HUB_FILES) -> Pat
 
 
 def load_config(folder: Path) -> VLAConfig:
-    """config.json, with the pixel statistics of preprocessor_config.json."""
+    """config.json, with the pixel statistics of preprocessor_config.json and what a training left beside it."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: not a checkpoint, {CONFIG} is missing")
     try:
         config = VLAConfig.from_json(folder / CONFIG)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {CONFIG}: {error}") from error
+    config = with_statistics(config, folder)
     if not (folder / PREPROCESSOR).is_file():
         return config
     statistics = _read_json(folder / PREPROCESSOR).get("tvf_normalize_params") or []
@@ -120,6 +121,18 @@ def load_config(folder: Path) -> VLAConfig:
             f"{folder}: {PREPROCESSOR}: each of tvf_normalize_params must have mean and std"
         ) from error
     return replace(config, towers=tuple(towers))
+
+
+def with_statistics(config: VLAConfig, folder: Path) -> VLAConfig:
+    """Knows the data sets of the folder's dataset_statistics.json too: the published training says there, beside a
+    checkpoint or an adapter, what the actions that it was trained on mean.  Raises CheckpointError.
+    """
+    if not (folder / STATISTICS).is_file():
+        return config
+    try:
+        return replace(config, norm_stats={**config.norm_stats, **_read_json(folder / STATISTICS)})
+    except (ConfigError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {STATISTICS}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from policy_server.vla.action_tokens import ActionTokens
-from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
+from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, with_statistics
 from policy_server.vla.config import ImagePath, VLAConfig
 from policy_server.vla.decoding import Decoded, decode
 from policy_server.vla.graphs import PassGraphs
@@ -64,6 +64,7 @@ class Policy:
         source: Path | str,
         *,
         adapter: Path | str | None = None,
+        merged: bool = True,
         unnorm_key: str | None = None,
         image_path: ImagePath | None = None,
         device: str = "cpu",
@@ -74,13 +75,17 @@ class Policy:
     ) -> Policy:
         """Of a folder or hub id, with an adapter merged in, then quantised to `bits`.
 
+        merged: False takes nothing of the adapter but its statistics; who asks for it puts the rest beside the base.
+
         deterministic_batch pads every pass to that many requests and to max_prompt_tokens: an answer is then the same,
         bit for bit, whoever its neighbours are.  Raises CheckpointError, UnknownStatistics and CannotQuantize.
         """
         checkpoint = load_checkpoint(source, dtype=dtype, device="cpu" if bits else device)
         if adapter is not None:
-            load_lora(checkpoint.model, adapter)
-            merge_lora(checkpoint.model)
+            checkpoint.model.config = with_statistics(checkpoint.config, Path(adapter))
+            if merged:
+                load_lora(checkpoint.model, adapter)
+                merge_lora(checkpoint.model)
         if bits is not None:
             quantize(checkpoint.model, bits, torch.device(device))
         if image_path is not None:

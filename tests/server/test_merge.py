@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from policy_server.__main__ import main
-from policy_server.vla.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
+from policy_server.config import ServeConfig
+from policy_server.loading import load
+from policy_server.vla.checkpoint import load_checkpoint, load_config, save_checkpoint, weights_fingerprint
 from policy_server.vla.decoding import decode
 from policy_server.vla.lora import load_lora, merge_lora
 from tests.server.publishing import adapter
@@ -39,6 +42,28 @@ def test_the_merged_checkpoint_decodes_as_the_adapter_beside_its_base(tiny_vla, 
     assert np.array_equal(ours.token_ids_BN, theirs.token_ids_BN)
     np.testing.assert_allclose(ours.token_logprobs_BN, theirs.token_logprobs_BN, atol=5e-5)
     assert np.abs(plain.token_logprobs_BN - ours.token_logprobs_BN).max() > 1e-2
+
+
+@pytest.fixture
+def cloned_folder(tiny_vla: Path, adapter_folder: Path) -> Path:
+    """An adapter that was trained on actions of its own."""
+    (statistics,) = load_config(tiny_vla).norm_stats.values()
+    wider = {"action": statistics["action"] | {"q99": [2.0] * len(statistics["action"]["q99"])}}
+    (adapter_folder / "dataset_statistics.json").write_text(json.dumps({"mine": {**statistics, **wider}}))
+    return adapter_folder
+
+
+def test_the_merged_checkpoint_knows_the_actions_that_its_adapter_was_trained_on(tiny_vla, cloned_folder, tmp_path):
+    assert merge(tiny_vla, cloned_folder, tmp_path / "merged") == 0
+    assert load_config(tmp_path / "merged").norm_stats["mine"]["action"]["q99"][0] == 2.0
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_is_served_with_the_actions_that_it_was_trained_on(tiny_vla, cloned_folder, tmp_path, beside):
+    versions = {"episodes": tmp_path / "episodes", "admin_port": 0} if beside else {}
+    config = ServeConfig(model=str(tiny_vla), adapter=cloned_folder, unnorm_key="mine", device="cpu", **versions)
+    assert config.has_versions == beside
+    assert load(config).spec.unnorm_key == "mine"
 
 
 def test_it_is_complete_in_the_published_layout(tiny_vla, adapter_folder, tmp_path):

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policy_server.compare import load_reference
-from policy_server.vla.checkpoint import Checkpoint, CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from policy_server.vla.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fingerprint,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+)
 from policy_server.vla.config import VLAConfig, nano_config
 from policy_server.vla.model import VLA
 from tests.vla.conftest import STATISTICS, TESTS
@@ -106,6 +113,15 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "preprocessor_config.json").write_text('{"tvf_normalize_params": [{"std": [1, 1, 1]}]}'),
         "must have mean and std",
     ),
+    "no statistics beside it": (lambda d: (d / "dataset_statistics.json").write_text("["), "is not readable JSON"),
+    "statistics without quantiles beside it": (
+        lambda d: (d / "dataset_statistics.json").write_text('{"mine": {"action": {"mean": [0.0]}}}'),
+        r"dataset_statistics.json: norm_stats\['mine'\]\['action'\] must hold q01 and q99",
+    ),
+    "a number of statistics beside it": (
+        lambda d: (d / "dataset_statistics.json").write_text('{"mine": 1}'),
+        "dataset_statistics.json",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"junk"), "not a readable safetensors file"),
     "missing tensor": (lambda d: edit_weights(d, lambda t: t.pop(HEAD)), rf"tensor {HEAD} is missing"),
@@ -125,6 +141,15 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(nano: Checkpoint, tmp_pa
     with pytest.raises(CheckpointError, match=message) as refusal:
         load_checkpoint(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_the_published_training_says_of_its_actions_beside_a_checkpoint_is_known(
+    nano: Checkpoint, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path, nano.model, nano.tokenizer)
+    mine = {"mine": {**next(iter(nano.config.norm_stats.values())), "num_transitions": 9}}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(mine))
+    assert load_config(tmp_path).norm_stats.keys() == {*nano.config.norm_stats, "mine"}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path):
