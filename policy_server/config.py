@@ -110,7 +110,7 @@ class ServeConfig:
 
     admin_port: int | None = None
     """Port of the admin service, which takes new weights: 0 takes a free one, printed when serving; absent, there is
-    none.  Whoever reaches it decides what robots do."""
+    none.  With --episodes, trainers and sessions improve what is served.  Whoever reaches it decides what robots do."""
 
     http_port: int | None = None
     """Port of the live page and of /metrics for Prometheus: 0 takes a free one, printed when serving; absent, there is

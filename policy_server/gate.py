@@ -90,7 +90,7 @@ class Trial:
 
     success: bool
     error: bool = False
-    """the robot said that it ended as one"""
+    """it ended as one: the robot said so or fell silent, or it never ended"""
     intervened: bool = False
     """a person took over: whatever came of it, it is no success of the policy"""
     ticks: int

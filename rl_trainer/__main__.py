@@ -59,7 +59,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; what was saved by then is kept, and --resume goes on from it", file=sys.stderr)
+        print("interrupted; --resume goes on from what train, sft or session start had saved by then", file=sys.stderr)
         return FAILED
 
 

@@ -23,12 +23,11 @@ from policy_server.vla.config import VLAConfig
 from policy_server.vla.lora import apply_lora
 from policy_server.vla.model import VLA, Prompts
 from rl_trainer.critic import CriticKind, critic_of
+from rl_trainer.launch import BATCH_WAIT_MS
 
 GIB = 2**30
 MOST_REQUESTS = 16
-"""In one pass of the server, which is started with its defaults."""
-PATIENCE_S = 0.01
-"""How long its batcher lets a request wait for others."""
+"""In one pass of the server, by its defaults."""
 SERVED = 1.08
 """Over decoding alone, of a decision that comes by network and is stored (benchmarks/FIGURES.md)."""
 ASKED = 1.12
@@ -105,10 +104,11 @@ def requests_in_a_pass(between_s: float, pass_s: float, request_s: float, host: 
     """How many requests a pass of the server answers, on average.
 
     Each simulator asks once in between_s.  What comes while one pass is computed shares the next,
-    b = processes * (pass_s + b * request_s) / between_s; the first to find the server idle waits PATIENCE_S for others.
+    b = processes * (pass_s + b * request_s) / between_s; the first to find the server idle waits
+    BATCH_WAIT_MS for others.
     """
     most = min(MOST_REQUESTS, host.processes * host.slots)
-    idle = 1 + host.processes * PATIENCE_S / between_s
+    idle = 1 + host.processes * BATCH_WAIT_MS / 1000 / between_s
     spare_s = between_s - host.processes * request_s
     if spare_s <= 0:
         return float(most)

@@ -1,4 +1,4 @@
-"""Before and after: of each task one held-out episode, as the first evaluation and as the newest one saw it.
+"""Before and after: of each task one evaluated episode, as the first evaluation and as the newest one saw it.
 
 Animated WebPs, one frame a decision: `before/TASK.webp` is the first evaluation's, `TASK.webp` has both side by side.
 """

@@ -11,7 +11,7 @@ from rl_trainer.loss import LossConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """How a batch of episodes moves the weights.  Defaults: what improved nano (benchmarks/FIGURES.md)."""
+    """How a batch of episodes moves the weights."""
 
     advantage: Literal["gae", "grpo", "rloo"] = "gae"
     """gae learns from a critic; the others compare episodes that began alike, and need no critic"""
@@ -37,7 +37,7 @@ class LearnerConfig:
     critic_weight: float = 0.5
     """of that value loss beside the policy's"""
     warm_up: int = 6
-    """first iterations, in which trajectories teach the critic alone"""
+    """first iterations, or a session's first updates, in which trajectories teach the critic alone"""
     epochs: int = 2
     minibatch: int = 256
     """decisions of one optimiser step, over all ranks"""
@@ -55,7 +55,7 @@ class LearnerConfig:
     normalise: bool = True
     """gae's advantages to mean 0 and standard deviation 1 over the batch; the others are relative already"""
     success_weight: float = 0.0
-    """of cloning own successes beside PPO: of the mean negative log-likelihood of a token; 0: they are not cloned"""
+    """in sessions, of cloning own successes beside PPO: of the mean negative log-likelihood of a token; 0: not"""
     intervention_weight: float = 0.0
     """likewise of cloning what a person or an expert did instead"""
     lessons: int = 32

@@ -71,7 +71,7 @@ def _sections(rows: Sequence[Row], config: Mapping, folder: Path, instructions: 
         yield "<h2>By task</h2>" + tasks
     films = [folder / film_name(task) for task in by_task(measured, "evaluate")]
     if films := [film for film in films if film.exists()]:
-        yield "<h2>Before and after</h2><p>One held-out initial state of each task.</p>"
+        yield "<h2>Before and after</h2><p>One evaluated initial state of each task.</p>"
         yield f'<div class="films">{"".join(map(embedded, films))}</div>'
     if trained:
         yield "<h2>The run</h2>" + as_svg(picture(panels(rows)))
@@ -122,7 +122,7 @@ def success(rows: Sequence[Row]) -> Draw:
                 markersize=4,
                 color=DARK,
                 capsize=2,
-                label="held out, greedy",
+                label="evaluations, greedy",
             )
         axes.set(xlabel="environment steps", ylabel="success, %", ylim=(-2, 102))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

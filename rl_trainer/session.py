@@ -8,9 +8,9 @@
         the gate promotes them or not                                                                 (the server)
 
 A trial takes many episodes, and the learner goes on meanwhile: what it offers next is ahead of what was tried.  After
-a roll back it begins again at the live version.  The state is saved after each update, before each offer and after each
-verdict; what came in since then is read again by a trainer that was killed.  Until then the server deletes no episode
-that an update may still use.  Lessons of older ones are read again too, as far as it has those.
+a roll back or a refusal it begins again at the live version.  The state is saved after each update, before each offer
+and after each verdict; what came in since then is read again by a trainer that was killed.  Until then the server
+deletes no episode that an update may still use.  Lessons of older ones are read again too, as far as it has those.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class SessionState:
 
 
 def train_session(config: SessionConfig) -> None:
-    """Runs until the budget is spent or the session is stopped; its robots then go on with the live version."""
+    """Runs until the session is stopped, or the budget spent: its robots then go on with the live version."""
     torch.set_num_threads(config.threads)
     with held(config.out):
         run = SessionRun(config)

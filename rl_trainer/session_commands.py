@@ -77,7 +77,7 @@ class _Controlling(_OfOne):
 @dataclass(frozen=True, kw_only=True)
 class _Choosing(_Controlling):
     version: int | None = None
-    """that it is to befall: refused when it would be another; none given: the one on trial, else the live one"""
+    """that is meant; refused when it would befall another; none given: the one on trial, else the live one"""
 
     def lines(self, client: SessionClient) -> Iterator[str]:
         version = self.version
@@ -88,7 +88,7 @@ class _Choosing(_Controlling):
 
 
 class Pause(_Controlling):
-    """Robots go on with the live version; nothing is tried, nothing learns."""
+    """Drops the version on trial; robots go on with the live one; nothing is tried, nothing learns."""
 
     control = session_pb2.CONTROL_PAUSE
 
@@ -112,7 +112,7 @@ class Rollback(_Choosing):
 
 
 class Stop(_Controlling):
-    """Ends the session for good."""
+    """Ends the session for good: the version on trial is dropped, and robots get no more episodes in it."""
 
     control = session_pb2.CONTROL_STOP
 
@@ -122,9 +122,9 @@ class Export(_OfOne):
     """The adapter of the live version, in PEFT's layout, from the folder of the session's trainer."""
 
     out: Path
-    """where the trainer keeps it"""
+    """the trainer's folder: --out of `session start`"""
     to: Path
-    """a folder to be made"""
+    """the folder to be made"""
 
     def lines(self, client: SessionClient) -> Iterator[str]:
         version = client.get(self.session).live_version
@@ -134,7 +134,7 @@ class Export(_OfOne):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionCommand:
-    """Improves the policy on the robots in front of you, and says and decides what becomes of that."""
+    """Starts, shows and steers sessions: the policy improves on the robots in front of you."""
 
     what: Annotated[
         Annotated[SessionConfig, tyro.conf.subcommand("start")]

@@ -40,21 +40,21 @@ class GateConfig:
     server's own choice"""
 
     margin: float | None = None
-    """how much less often a candidate may succeed and yet be promoted, in success probability"""
+    """how much less often a candidate may succeed and yet be promoted, in success probability; 0.1"""
     promote_error: float | None = None
-    """probability that one is promoted which succeeds less often by the margin or more, at most"""
+    """probability that one is promoted which succeeds less often by the margin or more, at most; 0.05"""
     rollback_error: float | None = None
-    """probability that one which succeeds as often is rolled back for its failures, at most"""
+    """probability that one which succeeds as often is rolled back for its failures, at most; 0.1"""
     trouble_error: float | None = None
-    """probability that one is rolled back for holds, clips and errors which has no more of them, at most"""
+    """probability that one is rolled back for holds, clips and errors which has no more of them, at most; 0.05"""
     trouble_rise: float | None = None
-    """smallest rise of these that counts"""
+    """smallest rise that counts, in the share of ticks held or clipped, or of episodes that end as errors; 0.1"""
     share: float | None = None
-    """of the session's episodes that a candidate gets"""
+    """of the session's episodes that a candidate gets; 0.5"""
     max_episodes: int | None = None
-    """of a candidate; then it is dropped"""
+    """of a candidate; then it is dropped; 60"""
     envelope: float | None = None
-    """largest distance of its actions from the live version's, in parts of their range, at which robots may see it"""
+    """largest distance of its actions from the live one's at which robots may see it, in parts of their range; 0.25"""
 
     @property
     def rule(self) -> session_pb2.GateRule:
@@ -88,8 +88,9 @@ class SessionConfig:
     """what `python -m rl_trainer reward-model` has left; for process and both"""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     budget_episodes: int = 400
+    """that did not end as errors; then the trainer ends, and the session and its robots go on"""
     budget_minutes: float | None = None
-    """wall time; with episodes, whichever comes first"""
+    """wall time, pauses too; with episodes, whichever comes first"""
     update_every: int = 32
     """new episodes that an update waits for"""
     reuse: int = 1
@@ -104,7 +105,7 @@ class SessionConfig:
     """of their noise, between the ticks of a chunk, in [0, 1): noise of each tick's own averages out along the chunk"""
     gate: GateConfig = field(default_factory=GateConfig)
     suite: str = ""
-    """also give workers (`python -m sim worker`) practice of this suite; none given: robots choose what they do"""
+    """also give workers (`python -m sim worker`) practice of this suite; none given: only robots play"""
     tasks: tuple[int, ...] = ()
     """of the suite; none given: all"""
     split: str = "train"
@@ -125,7 +126,7 @@ class SessionConfig:
         )
     )
     critic: Path | None = None
-    """state.safetensors of a run of the recipe on the same model, to begin with its critic, which wants less warm-up"""
+    """state.safetensors of a run of `train` on the same model, to begin with its critic: --learner.warm-up 1 will do"""
     lora_rank: int = 16
     """of a fresh adapter"""
     lora_alpha: float = 32.0

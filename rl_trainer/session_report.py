@@ -74,7 +74,7 @@ def _sections(
         measured = {title: lines(rows, names, xlabel="update") for title, names in LEARNER.items()}
         yield "<h2>Learning</h2>" + as_svg(picture(measured))
     yield f"<h2>The adapter</h2><p>Version {session.live_version}, in PEFT's layout: "
-    yield f"<code>versions/{session.live_version}</code> beside this report.</p>"
+    yield f"<code>versions/{session.live_version}</code> in the trainer's folder.</p>"
 
 
 def success(episodes: Sequence[session_pb2.SessionEpisode], log: Sequence[session_pb2.SessionEvent]) -> Draw:

@@ -1,4 +1,4 @@
-"""A scripted person beside a simulated arm: watches some of a session's practice, and takes over from a policy that is
+"""A scripted person beside a simulated arm: watches some of the practice, and takes over from a policy that is
 not done in time.
 """
 

@@ -64,7 +64,7 @@ def openvla_7b() -> VLAConfig:
     ("between_s", "pass_s", "requests"),
     [
         (0.1, 0.12, 3.0),  # b = 2 (0.12 + 0.01 b) / 0.1
-        (0.1, 0.04, 1.2),  # the pass is over before the next request comes, who waits 10 ms: 1 + 2 * 0.01 / 0.1
+        (0.1, 0.04, 3.0),  # the pass is over before the next request comes, who waits 100 ms: 1 + 2 * 0.1 / 0.1
         (0.04, 0.12, 8.0),  # 12 would come, but 8 episodes are under way
         (0.02, 0.12, 8.0),  # the server cannot keep up
     ],
@@ -90,8 +90,8 @@ def test_phases_are_sums_over_decisions_and_episodes() -> None:
     found = phases(SCHEDULE, PRICES, HOST)
     assert found.collect_s == pytest.approx(9.6 + 100 * 0.006 / 2)  # both cores read what was collected
     assert (found.learn_s, found.warm_learn_s, found.publish_s) == pytest.approx((3.0, 1.0, 0.5))
-    # Evaluations are drawn in full: 2 s and 1.12 * 20 s of simulators; b = 0.24 / 0.18.
-    assert found.evaluate_s == pytest.approx((24.4 + 100 * (1.08 * (0.09 + 0.01) + 0.006)) / 2)
+    # Evaluations are drawn in full: 2 s and 1.12 * 20 s of simulators; b = 1 + 2 * 0.1 / 0.2.
+    assert found.evaluate_s == pytest.approx((24.4 + 100 * (1.08 * (0.12 / 2 + 0.01) + 0.006)) / 2)
     assert found.start_s == pytest.approx(1.0 + 2 * 2 * 3.0 / 2)
 
 
