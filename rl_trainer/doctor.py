@@ -7,14 +7,10 @@ Each check gives findings, a line each: ok, warn or FAIL, with what to do about 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import grpc
 import numpy as np
@@ -29,16 +25,16 @@ from policy_server.vla.checkpoint import (
     local_folder,
 )
 from policy_server.vla.config import VLAConfig
-from protos import policy_pb2, policy_pb2_grpc
-from protos.channel import dial, tls_trouble
+from protos import admin_pb2, admin_pb2_grpc, policy_pb2, policy_pb2_grpc
+from protos.channel import Credentials, dial, tls_trouble
 from rl_trainer.devices import compute_device
 from rl_trainer.placement import Placement
 from rl_trainer.plan import disk_free_gb, disk_need_gb, schedule_of, trained_shapes
-from rl_trainer.suite import cells_of
+from rl_trainer.suite import asked, catalogue, cells_of
 from rl_trainer.train import placed
 from rl_trainer.train_config import TrainConfig
 
-CHILD_S = 600.0
+Answer = TypeVar("Answer")
 SERVER_S = 10.0
 ROOM = 2.0
 """A disk with less than so many times the need is worth a warning."""
@@ -104,17 +100,17 @@ class Patient:
     @cached_property
     def listed(self) -> dict | str:
         """What the simulator says of the suite, which has the run's tasks and states, or why not."""
-        problem, answer = _run("-m", "sim", "suites", "--json")
-        suites, config = {} if problem else json.loads(answer), self.config
-        if config.suite not in suites:
-            what = problem or f"{config.suite!r} is not among what can be built here, {sorted(suites)}"
-            return f"{what}; {INSTALL}"
+        config = self.config
+        try:
+            listed = catalogue(config.suite)
+        except ValueError as error:
+            return f"{error}; {INSTALL}"
         try:
             for split in (config.split, config.evaluate_split):
-                cells_of(suites[config.suite], config.tasks, split)
+                cells_of(listed, config.tasks, split)
         except ValueError as error:
             return str(error)
-        return suites[config.suite]
+        return listed
 
     @cached_property
     def placement(self) -> Placement | str | None:
@@ -129,8 +125,11 @@ class Patient:
         """Why no frame of the task can be drawn as a worker of the run would draw it; empty when one can."""
         if isinstance(self.placement, str):
             return self.placement
-        environment = self.placement.workers[0].environment if self.placement else {}
-        return _run("-c", RENDER, task_id, environment=environment)[0]
+        try:
+            asked("-c", RENDER, task_id, environment=self.placement.workers[0].environment if self.placement else {})
+        except ValueError as error:
+            return str(error)
+        return ""
 
     @cached_property
     def checkpoint(self) -> Checkpoint | str:
@@ -162,7 +161,8 @@ def check_rendering(patient: Patient) -> Iterator[Finding]:
     """Whether a worker can draw: one frame of robosuite's, in a process of its own."""
     if problem := patient.drawing(SIMPLE_TASK):
         advice = "install libosmesa6 (software) or libegl1 (GPU), and set MUJOCO_GL to osmesa or egl or not at all"
-        yield Finding(check="rendering", verdict="FAIL", text=f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
+        verdict = "warn" if patient.config.server else "FAIL"  # its workers may be elsewhere
+        yield Finding(check="rendering", verdict=verdict, text=f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
     else:
         yield Finding(check="rendering", verdict="ok", text=f"a frame of {SIMPLE_TASK} was drawn")
 
@@ -175,7 +175,8 @@ def check_assets(patient: Patient) -> Iterator[Finding]:
         return
     first = f"{suite}/0"
     if first != SIMPLE_TASK and (problem := patient.drawing(first)):
-        yield Finding(check="assets", verdict="FAIL", text=f"{first} cannot be built: {problem}; {INSTALL}")
+        verdict = "warn" if patient.config.server else "FAIL"
+        yield Finding(check="assets", verdict=verdict, text=f"{first} cannot be built: {problem}; {INSTALL}")
         return
     yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed['tasks'])} tasks can be built")
 
@@ -246,7 +247,13 @@ def check_server(patient: Patient) -> Iterator[Finding]:
     if not config.server:
         yield Finding(check="server", verdict="ok", text="none given: the run starts its own")
         return
-    spec = _spec(config)
+    request = policy_pb2.GetSpecRequest()
+    spec = _answer(
+        config.server,
+        config.credentials,
+        lambda channel: policy_pb2_grpc.PolicyStub(channel).GetSpec(request, timeout=SERVER_S),
+        model=config.model,
+    )
     if isinstance(spec, str):
         yield Finding(check="server", verdict="FAIL", text=spec)
         return
@@ -263,6 +270,23 @@ def check_server(patient: Patient) -> Iterator[Finding]:
         yield Finding(check="server", verdict="ok", text=text)
 
 
+def check_admin(patient: Patient) -> Iterator[Finding]:
+    """Whether new weights can be brought to the server that is given."""
+    if not patient.config.server:
+        return
+    given, request = patient.config.given_server, admin_pb2.ListVersionsRequest()
+    versions = _answer(
+        given.admin_address,
+        given.admin_credentials,
+        lambda channel: admin_pb2_grpc.AdminStub(channel).ListVersions(request, timeout=SERVER_S),
+        model=patient.config.model,
+    )
+    if isinstance(versions, str):
+        yield Finding(check="admin", verdict="FAIL", text=versions)
+    else:
+        yield Finding(check="admin", verdict="ok", text=f"{given.admin_address} takes new weights")
+
+
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     check_devices,
     check_rendering,
@@ -271,6 +295,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     check_statistics,
     check_disk,
     check_server,
+    check_admin,
 )
 
 
@@ -294,31 +319,18 @@ def _range_faults(what: str, statistics: Mapping[str, Any], dimension: int) -> l
     return faults
 
 
-def _spec(config: DoctorConfig) -> policy_pb2.PolicySpec | str:
-    """The server's, or why there is none and what to do."""
-    address = config.server
+def _answer(
+    address: str, credentials: Credentials, ask: Callable[[grpc.Channel], Answer], *, model: str
+) -> Answer | str:
+    """A service's, or why there is none and what to do; model: that the server should serve."""
     try:
-        with dial(address, config.credentials) as channel:
-            return policy_pb2_grpc.PolicyStub(channel).GetSpec(policy_pb2.GetSpecRequest(), timeout=SERVER_S)
+        with dial(address, credentials) as channel:
+            return ask(channel)
     except ValueError as error:
         return str(error)
     except grpc.RpcError as error:
         code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return f"{address} refuses: {details}"
-    start = f"start it: python -m policy_server serve --model {config.model} --episodes DIR"
-    return tls_trouble(address, config.credentials) or f"{address} does not answer: {details}; {start}"
-
-
-def _run(*arguments: str, environment: Mapping[str, str] = {}) -> tuple[str, str]:
-    """Why Python failed with these, in its last words, empty when it did not; and what it printed.
-
-    environment: over our own.
-    """
-    command, over = [sys.executable, *arguments], {**os.environ, **environment}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=over)
-    except subprocess.TimeoutExpired:
-        return f"nothing came of it in {CHILD_S:.0f} s", ""
-    words = done.stderr.strip().splitlines()
-    return (words[-1] if words else f"it ended with code {done.returncode}") if done.returncode else "", done.stdout
+    start = f"start it: python -m policy_server serve --model {model} --episodes DIR --admin-port PORT"
+    return tls_trouble(address, credentials) or f"{address} does not answer: {details}; {start}"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from rl_trainer.milestones import MilestoneConfig
 from rl_trainer.optimizer import Optimizer
 from rl_trainer.progress_model import ProgressModel
 from rl_trainer.reward_frames import RewardFrames, augmented, balanced_rows, collect_frames
+
+if TYPE_CHECKING:
+    from rl_trainer.vlm_reward import VlmReward
 
 RECORD = "reward.json"
 
@@ -74,7 +77,7 @@ class RewardModelConfig:
     unnorm_key: str | None = None
     """the policy's entry of norm_stats; needed when it has several"""
     vlm: str = ""
-    """folder or hub id of a Qwen2-VL that gets an adapter, in place of the policy's own architecture"""
+    """folder or hub id of a Qwen2-VL that gets an adapter, in place of the policy's own architecture (extra vlm)"""
     milestones: MilestoneConfig = field(default_factory=MilestoneConfig)
     episodes: int = 1000
     """at most so many are read"""
@@ -161,9 +164,7 @@ def load_reward_model(
         model = ProgressModel.load(folder, device=device, dtype=dtype)
         model.check_reads_like(policy, tokenizer, unnorm_key)
         return model
-    from rl_trainer.vlm_reward import VlmReward  # only this kind needs transformers and peft
-
-    return VlmReward.load(folder, policy, tokenizer, device=device, dtype=dtype)
+    return _vlm_reward().load(folder, policy, tokenizer, device=device, dtype=dtype)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -177,10 +178,8 @@ def _starting_model(
 ) -> TrainableRewardModel:
     if not config.vlm:
         return ProgressModel.load(folder, device=config.device, dtype=config.dtype)
-    from rl_trainer.vlm_reward import VlmReward
-
     torch.manual_seed(config.seed)
-    return VlmReward.adapted(
+    return _vlm_reward().adapted(
         config.vlm,
         policy,
         tokenizer,
@@ -189,6 +188,14 @@ def _starting_model(
         device=config.device,
         dtype=config.dtype,
     )
+
+
+def _vlm_reward() -> type[VlmReward]:
+    try:
+        from rl_trainer.vlm_reward import VlmReward  # only this kind needs transformers and peft
+    except ImportError as error:
+        raise ValueError(f"a vlm needs more packages: pip install peft 'transformers>=5' ({error})") from error
+    return VlmReward
 
 
 def fit(model: TrainableRewardModel, frames: RewardFrames, config: RewardModelConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_config
 from policy_server.vla.policy import Policy
 from policy_server.vla_model import VlaModel
@@ -22,6 +23,7 @@ from rl_trainer.doctor import (
     DoctorConfig,
     Finding,
     Patient,
+    check_admin,
     check_assets,
     check_checkpoint,
     check_devices,
@@ -35,6 +37,7 @@ from rl_trainer.plan import trained_shapes
 from tests.server.running import RunningServer, serving
 
 WEIGHTS = "model.safetensors"
+CHECKED = ("devices", "rendering", "assets", "checkpoint", "statistics", "disk", "server", "admin")
 
 
 def config_of(out: Path, model: Path, **changes) -> DoctorConfig:
@@ -69,12 +72,11 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None
 
 def test_a_healthy_setup_passes(tiny_vla: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = VlaModel(Policy.load(tiny_vla), name="tiny", max_batch=2)
-    with serving(model, episodes=tmp_path / "episodes") as server:
-        assert doctor(config_of(tmp_path, tiny_vla, server=server.address)) == 0
+    versions = VersionStore(None, first=model.fingerprint(model.first))
+    with serving(model, episodes=tmp_path / "episodes", versions=versions, admin_port=0) as server:
+        assert doctor(config_of(tmp_path, tiny_vla, server=server.address, admin=server.admin_address)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["ok", name] for name in ("devices", "rendering", "assets", "checkpoint", "statistics", "disk", "server")
-    ]
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKED]
 
 
 def test_one_failure_fails_the_whole(monkeypatch: pytest.MonkeyPatch, tiny_vla: Path, tmp_path: Path) -> None:
@@ -102,6 +104,7 @@ def test_a_renderer_that_does_not_work_is_found(
     finding = only(check_rendering, config_of(tmp_path, tiny_vla))
     assert finding.verdict == "FAIL"
     assert "nonsense" in finding.text and "set MUJOCO_GL to osmesa or egl or not at all" in finding.text
+    assert only(check_rendering, config_of(tmp_path, tiny_vla, server="there:1")).verdict == "warn"  # workers elsewhere
 
 
 def test_missing_assets_are_found(monkeypatch: pytest.MonkeyPatch, tiny_vla: Path, tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_assets_of_which_only_the_folder_is_there_are_found(
 
 def test_a_suite_that_cannot_be_built_here_is_found(tiny_vla: Path, tmp_path: Path) -> None:
     finding = only(check_assets, config_of(tmp_path, tiny_vla, suite="libero_moon"))
-    assert finding.verdict == "FAIL" and "'libero_moon' is not among what can be built here" in finding.text
+    assert finding.verdict == "FAIL" and "'libero_moon'" in finding.text and "robosuite" in finding.text
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(0.99, "FAIL"), (1.01, "warn"), (1.99, "warn"), (2.01, "ok")])
@@ -221,6 +224,14 @@ def test_a_server_that_is_not_there_is_found(tiny_vla: Path, tmp_path: Path) -> 
     finding = only(check_server, config_of(tmp_path, tiny_vla, server=f"127.0.0.1:{free_port()}"))
     assert finding.verdict == "FAIL" and "python -m policy_server serve" in finding.text
     assert "HOST:PORT" in only(check_server, config_of(tmp_path, tiny_vla, server="host:0")).text
+
+
+def test_a_server_that_takes_no_new_weights_is_found(
+    live_server: RunningServer, tiny_vla: Path, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, tiny_vla, server=live_server.address, admin=f"127.0.0.1:{free_port()}")
+    finding = only(check_admin, config)
+    assert finding.verdict == "FAIL" and "--admin-port PORT" in finding.text
 
 
 def test_a_server_of_another_base_that_keeps_nothing_is_found(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +204,12 @@ def test_auc_counts_pairs_in_order_and_ties_half() -> None:
     assert auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])) == 0.75
     assert auc(np.array([0.5, 0.5]), np.array([True, False])) == 0.5
     assert np.isnan(auc(np.array([0.5]), np.array([True])))
+
+
+def test_what_a_vlm_needs_is_said_where_it_is_not_installed(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rl_trainer.vlm_reward", None)
+    (tmp_path / RECORD).write_text(json.dumps({"kind": "vlm"}))
+    with pytest.raises(ValueError, match="pip install peft 'transformers>=5'"):
+        load_reward_model(tmp_path, checkpoint.config, checkpoint.tokenizer)
