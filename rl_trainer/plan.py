@@ -175,7 +175,8 @@ class Needs:
         """Of learner and server."""
         ranks, learner, server = self._config.ranks, self._placement.learner, self._placement.server
         reference = self._config.learner.loss.reference_weight > 0
-        how = {"reference": reference, "averaged": self._averaged}
+        apart = reference and not self._config.lora_rank  # beside an adapter it is the base
+        how = {"reference": apart, "averaged": self._averaged}
         learning = ranks * learner_bytes(self._shapes, **how)
         serving = server_bytes(self._shapes, width=DTYPES[self._config.dtype].itemsize)
         if self._config.server_sleeps and server.memory_gb is not None and server.device == learner.device:

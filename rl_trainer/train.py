@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from policy_server.vla.derived import sharing
 from policy_server.vla.lora import apply_lora, save_lora
 from protos import episode_pb2, rollout_pb2
 from protos.machine import cores
@@ -118,15 +119,17 @@ def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint
     """The same on every rank."""
     torch.set_num_threads(config.threads)
     device = compute_device(config.device)
-    checkpoint = load_checkpoint(config.model, dtype=config.dtype, device=device)
+    checkpoint, reference = load_checkpoint(config.model, dtype=config.dtype, device=device), None
+    if config.learner.loss.reference_weight:
+        if config.lora_rank:  # an adapter leaves the base as it is
+            reference = sharing(checkpoint.model, checkpoint.model.state_dict())
+        else:
+            reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
     if config.lora_rank:
         torch.manual_seed(config.seed)
         apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
     elif config.freeze_vision:
         checkpoint.model.freeze_vision()
-    reference = None
-    if config.learner.loss.reference_weight:
-        reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
     learner = Learner(checkpoint.model, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
         _, tensors = TrainState.load(config.out / STATE)

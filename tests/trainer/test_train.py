@@ -13,6 +13,7 @@ import torch
 from rl_trainer.__main__ import COMMANDS, FAILED, main
 from rl_trainer.films import HOLD, read_webp
 from rl_trainer.learner_config import LearnerConfig
+from rl_trainer.loss import LossConfig
 from rl_trainer.ranks import Ranks
 from rl_trainer.shaping import ShapingConfig
 from rl_trainer.suite import cells_of
@@ -101,6 +102,17 @@ def test_frozen_vision_leaves_the_rest_to_be_trained(tiny_vla: Path, tmp_path: P
     learner, _ = make_learner(config, Ranks())
     trained = {name.split(".")[0] for name, p in learner.model.named_parameters() if p.requires_grad}
     assert trained == {"language_model", "state_projector"} and learner.model.vision_is_frozen
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_an_adapter_is_held_near_to_takes_no_memory_of_its_own(
+    tiny_vla: Path, tmp_path: Path, lora_rank: int
+) -> None:
+    held = LearnerConfig(loss=LossConfig(reference_weight=0.1))
+    learner, checkpoint = make_learner(config_of(tmp_path, tiny_vla, lora_rank=lora_rank, learner=held), Ranks())
+    assert learner.reference is not None
+    weights = [model.language_model.lm_head.weight.data_ptr() for model in (checkpoint.model, learner.reference)]
+    assert (weights[0] == weights[1]) == (lora_rank > 0)
 
 
 def test_cells_are_all_states_of_the_split_or_the_first_of_each_task() -> None:
