@@ -87,8 +87,7 @@ class Experiment:
     episodes: int = EPISODES
     corrected: float = 0.0
     """share of the episodes"""
-    intervention_weight: float | None = None
-    """None: the trainer's own choice"""
+    intervention_weight: float = 0.0
     evaluated: bool = True
 
 
@@ -104,7 +103,7 @@ def spoilt(*trainers: Trainer) -> Iterator[Experiment]:
 def corrected() -> Iterator[Experiment]:
     """Sessions with an expert's help: used, and not."""
     for seed in SEEDS:
-        for name, weight in (("helped", None), ("ignored", 0.0)):
+        for name, weight in (("helped", 0.1), ("ignored", 0.0)):
             yield Experiment(name=f"{name}-{seed}", seed=seed, corrected=CORRECTED, intervention_weight=weight)
 
 
@@ -259,15 +258,13 @@ def config_of(experiment: Experiment, here: Lab) -> SessionConfig:
         curriculum=CurriculumConfig(rule="uniform"),  # the curve of the episodes is one of the policy
         seed=experiment.seed,
     )
-    learner = replace(config.learner, warm_up=1)
+    learner = replace(config.learner, warm_up=1, intervention_weight=experiment.intervention_weight)
     if experiment.trainer != "healthy":
         config = replace(config, offer_every=OFFER_BAD)
     if experiment.trainer == "fast":
         learner = replace(learner, learning_rate=FAST * learner.learning_rate)
     if experiment.trainer == "shuffled":
         learner = replace(learner, success_weight=0.0)
-    if experiment.intervention_weight is not None:
-        learner = replace(learner, intervention_weight=experiment.intervention_weight)
     return replace(config, learner=learner)
 
 

@@ -120,7 +120,7 @@ class SessionConfig:
             epochs=4,
             target_kl=0.3,
             success_weight=0.1,
-            intervention_weight=0.1,
+            # No intervention_weight: an expert's corrections made three sessions of three worse (FIGURES.md).
             # Who played may be some updates behind; a critic that begins at 0 has far to go.
             loss=LossConfig(behaviour_cap=2.0, value_clip=0.0, reference_weight=0.02),
         )
