@@ -78,7 +78,11 @@ class Group:
 def main(config: GradientNoiseConfig) -> None:
     torch.set_num_threads(config.threads)
     record = json.loads((config.run / RECORD).read_text())
-    gamma = record["learner"]["gamma"]
+    gamma, warm_up = record["learner"]["gamma"], record["learner"]["warm_up"]
+    if config.first + config.iterations > warm_up:  # later ones were practised with other weights
+        raise ValueError(
+            f"iterations must be of the warm-up, the first {warm_up}, got {config.first} + {config.iterations}"
+        )
     checkpoint = load_checkpoint(record["model"])
     reward = load_reward_model(Path(record["reward_model"]), checkpoint.config, checkpoint.tokenizer)
     groups = [group_of(some, record, checkpoint, reward) for some in practised(config, checkpoint)]
@@ -114,8 +118,6 @@ def practised(config: GradientNoiseConfig, checkpoint: Checkpoint) -> list[list[
 
 def group_of(trajectories: Sequence[Trajectory], record: dict, checkpoint: Checkpoint, reward: RewardModel) -> Group:
     """Reads what the episodes show."""
-    if versions := {int(version) for trajectory in trajectories for version in trajectory.version_T} - {0}:
-        raise ValueError(f"episodes must be of version 0, which the run began with, got {sorted(versions)}")
     hidden_nD, after_ED = read(checkpoint, trajectories)
     gamma = record["learner"]["gamma"]
     rewards = {

@@ -113,7 +113,7 @@ class MergeConfig:
     """`nano`, a checkpoint folder, or a hub id."""
 
     adapter: Path
-    """A LoRA adapter in PEFT's layout."""
+    """A LoRA adapter in PEFT's layout; the dataset_statistics.json of its folder is merged too."""
 
     out: Path
     """The folder to write, which must not exist."""

@@ -29,10 +29,10 @@ class ServeConfig:
     """`nano` (the embedded default), a checkpoint folder, or a hub id such as `openvla/openvla-7b`."""
 
     adapter: Path | None = None
-    """A LoRA adapter in PEFT's layout, applied to the model."""
+    """A LoRA adapter in PEFT's layout, applied to the model; with it the dataset_statistics.json of its folder."""
 
     unnorm_key: str | None = None
-    """Which of the checkpoint's statistics un-normalise the actions; needed when it holds several."""
+    """Which of the model's and the adapter's statistics un-normalise the actions; needed when they are several."""
 
     image_path: Literal["checkpoint", "libero", "plain", "processor"] = "checkpoint"
     """How images are prepared: as the checkpoint says, as LIBERO's fine-tuned models expect, only resized, or as

@@ -1,6 +1,7 @@
 """What would stop a run, found before it starts: `python -m rl_trainer doctor`, with the options of `train`.
 
-Looked at are devices, rendering, assets, the checkpoint, its statistics, the disk and the server that is given.
+Looked at are devices, rendering, assets, the checkpoint, its statistics, the disk, and the server that is given with
+its admin service.
 
 Each check gives findings, a line each: ok, warn or FAIL, with what to do about it.
 """
@@ -131,6 +132,12 @@ class Patient:
             return str(error)
         return ""
 
+    def undrawn(self, check: str, text: str) -> Finding:
+        """What it means that this machine cannot draw: the workers of a server that is given may be elsewhere."""
+        if self.config.server:
+            return Finding(check=check, verdict="warn", text=f"{text}; needless where workers run elsewhere")
+        return Finding(check=check, verdict="FAIL", text=text)
+
     @cached_property
     def checkpoint(self) -> Checkpoint | str:
         """The whole of it, or why it does not load."""
@@ -161,8 +168,7 @@ def check_rendering(patient: Patient) -> Iterator[Finding]:
     """Whether a worker can draw: one frame of robosuite's, in a process of its own."""
     if problem := patient.drawing(SIMPLE_TASK):
         advice = "install libosmesa6 (software) or libegl1 (GPU), and set MUJOCO_GL to osmesa or egl or not at all"
-        verdict = "warn" if patient.config.server else "FAIL"  # its workers may be elsewhere
-        yield Finding(check="rendering", verdict=verdict, text=f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
+        yield patient.undrawn("rendering", f"no frame of {SIMPLE_TASK}: {problem}; {advice}")
     else:
         yield Finding(check="rendering", verdict="ok", text=f"a frame of {SIMPLE_TASK} was drawn")
 
@@ -175,8 +181,7 @@ def check_assets(patient: Patient) -> Iterator[Finding]:
         return
     first = f"{suite}/0"
     if first != SIMPLE_TASK and (problem := patient.drawing(first)):
-        verdict = "warn" if patient.config.server else "FAIL"
-        yield Finding(check="assets", verdict=verdict, text=f"{first} cannot be built: {problem}; {INSTALL}")
+        yield patient.undrawn("assets", f"{first} cannot be built: {problem}; {INSTALL}")
         return
     yield Finding(check="assets", verdict="ok", text=f"{suite}: {len(listed['tasks'])} tasks can be built")
 

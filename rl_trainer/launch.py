@@ -95,7 +95,7 @@ class ChildFailed(RuntimeError):
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """The command, which on Linux gets SIGTERM once this process is gone, however it went.
+    """The command, which on Linux gets SIGTERM once the thread that started it is gone, however its process went.
 
     It says so to the kernel itself: a preexec_fn would fork beside gRPC's threads, and now and then dies of it.
     """

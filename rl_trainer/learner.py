@@ -211,7 +211,8 @@ class Learner:
                 if not self.warming_up:
                     found[rows] = policy.logits_BNV.cpu()
                 if reference is not None:
-                    seen = replace(seen, image_tokens_BCD=None)  # it has a tower of its own
+                    if not self.model.vision_is_frozen:  # else it sees the same
+                        seen = replace(seen, image_tokens_BCD=None)
                     apart[rows] = reference(seen, ids[rows].to(self.model.device)).logits_BNV.float().cpu()
         for tensor in (values, logprobs, entropy, hidden, found, apart):
             self.ranks.sum(tensor)

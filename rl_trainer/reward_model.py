@@ -194,7 +194,7 @@ def _vlm_reward() -> type[VlmReward]:
     try:
         from rl_trainer.vlm_reward import VlmReward  # only this kind needs transformers and peft
     except ImportError as error:
-        raise ValueError(f"a vlm needs more packages: pip install peft 'transformers>=5' ({error})") from error
+        raise ValueError(f"a vlm needs more packages: pip install 'vla-rl[vlm]' ({error})") from error
     return VlmReward
 
 

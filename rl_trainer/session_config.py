@@ -37,24 +37,24 @@ class At:
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """When a new version is promoted and when it is rolled back (policy_server/gate.py); what is not given is the
-    server's own choice"""
+    server's own choice, in brackets"""
 
     margin: float | None = None
-    """how much less often a candidate may succeed and yet be promoted, in success probability; 0.1"""
+    """how much less often a candidate may succeed and yet be promoted, in success probability (0.1)"""
     promote_error: float | None = None
-    """probability that one is promoted which succeeds less often by the margin or more, at most; 0.05"""
+    """probability that one is promoted which succeeds less often by the margin or more, at most (0.05)"""
     rollback_error: float | None = None
-    """probability that one which succeeds as often is rolled back for its failures, at most; 0.1"""
+    """probability that one which succeeds as often is rolled back for its failures, at most (0.1)"""
     trouble_error: float | None = None
-    """probability that one is rolled back for holds, clips and errors which has no more of them, at most; 0.05"""
+    """probability that one is rolled back for holds, clips and errors which has no more of them, at most (0.05)"""
     trouble_rise: float | None = None
-    """smallest rise that counts, in the share of ticks held or clipped, or of episodes that end as errors; 0.1"""
+    """smallest rise that counts, in the share of ticks held or clipped, or of episodes that end as errors (0.1)"""
     share: float | None = None
-    """of the session's episodes that a candidate gets; 0.5"""
+    """of the session's episodes that a candidate gets (0.5)"""
     max_episodes: int | None = None
-    """of a candidate; then it is dropped; 60"""
+    """of a candidate; then it is dropped (60)"""
     envelope: float | None = None
-    """largest distance of its actions from the live one's at which robots may see it, in parts of their range; 0.25"""
+    """largest distance of its actions from the live one's at which robots may see it, in parts of their range (0.25)"""
 
     @property
     def rule(self) -> session_pb2.GateRule:
@@ -120,7 +120,7 @@ class SessionConfig:
             epochs=4,
             target_kl=0.3,
             success_weight=0.1,
-            # No intervention_weight: an expert's corrections made three sessions of three worse (FIGURES.md).
+            # No intervention_weight: three sessions with an expert's ended below the three without (FIGURES.md).
             # Who played may be some updates behind; a critic that begins at 0 has far to go.
             loss=LossConfig(behaviour_cap=2.0, value_clip=0.0, reference_weight=0.02),
         )

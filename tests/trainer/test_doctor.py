@@ -121,6 +121,8 @@ def test_assets_of_which_only_the_folder_is_there_are_found(
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
     finding = only(check_assets, config_of(tmp_path, tiny_vla, suite="libero_object"))
     assert finding.verdict == "FAIL" and "libero_object/0 cannot be built" in finding.text
+    finding = only(check_assets, config_of(tmp_path, tiny_vla, suite="libero_object", server="there:1"))
+    assert finding.verdict == "warn" and "needless where workers run elsewhere" in finding.text
 
 
 def test_a_suite_that_cannot_be_built_here_is_found(tiny_vla: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rl_trainer.calibration import SceneCosts, measure_prices, sampled_trajector
 from rl_trainer.costs import GIB, Shapes
 from rl_trainer.learner import Learner
 from rl_trainer.learner_config import LearnerConfig
+from rl_trainer.loss import LossConfig
 from rl_trainer.placement import Place, Placement
 from rl_trainer.plan import FREE, Needs, PlanConfig, compared, measured_of, minutes, plan, schedule_of
 from rl_trainer.run_state import differences
@@ -88,6 +89,21 @@ def test_a_server_that_sleeps_shares_the_room_of_activations_on_the_learners_dev
     # While it sleeps 20 GB of activations lie there; while it is awake a state of 12 GB is saved.
     assert server_gb("GPU 0", server_sleeps=True) == pytest.approx(awake - 8 * 10**9 / GIB)
     assert server_gb("GPU 1", server_sleeps=True) == awake
+
+
+def test_what_an_adapter_is_held_near_to_is_the_base_and_needs_no_room_of_its_own(tmp_path: Path) -> None:
+    shapes = Shapes(numbers=10**9, frozen=0, trained=10**9, width=4, trained_width=4, saved_bytes=0)
+
+    def learner_gb(weight: float, lora_rank: int) -> float:
+        place = Place(process="any", device="GPU 0", environment={}, memory_gb=80.0)
+        placement = Placement(learner=place, server=place, workers=(), scenes=1, worker_gb=1.0, notes=())
+        held = LearnerConfig(loss=LossConfig(reference_weight=weight))
+        config = config_of(tmp_path, learner=held, lora_rank=lora_rank)
+        needs = Needs(config, nano_config(STATISTICS), shapes, SCHEDULE, placement)
+        return next(need.gb for need in needs.computing() if need.process == "learner")
+
+    assert learner_gb(0.1, 0) == pytest.approx(learner_gb(0.0, 0) + 4 * 10**9 / GIB)
+    assert learner_gb(0.1, 4) == learner_gb(0.0, 4)
 
 
 @pytest.mark.parametrize(

@@ -211,5 +211,5 @@ def test_what_a_vlm_needs_is_said_where_it_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rl_trainer.vlm_reward", None)
     (tmp_path / RECORD).write_text(json.dumps({"kind": "vlm"}))
-    with pytest.raises(ValueError, match="pip install peft 'transformers>=5'"):
+    with pytest.raises(ValueError, match=r"pip install 'vla-rl\[vlm\]'"):
         load_reward_model(tmp_path, checkpoint.config, checkpoint.tokenizer)

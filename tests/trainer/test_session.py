@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import peft
@@ -14,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from policy_server.gate import GateRule
 from policy_server.version_store import VersionStore
 from policy_server.vla.checkpoint import load_checkpoint
 from policy_server.vla.lora import lora_tensors
@@ -371,3 +376,15 @@ def test_practice_that_fails_whenever_it_is_tried_is_spoken_of(tiny_vla: Path, t
         run._ask_for_practice()
         run._ask_for_practice()
     assert capsys.readouterr().out.count("the scene cannot be built") == 1
+
+
+def test_the_servers_own_choices_of_the_gate_are_told_in_its_help() -> None:
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(GateConfig))).body
+    assert isinstance(body, ast.ClassDef)
+    told = {}
+    for field, help_text in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(help_text, ast.Expr):
+            told[ast.unparse(field.target)] = float(
+                ast.literal_eval(help_text.value).rpartition("(")[2].removesuffix(")")
+            )
+    assert told == asdict(GateRule())
