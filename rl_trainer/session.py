@@ -27,8 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint
-from policy_server.vla.derived import sharing
-from policy_server.vla.lora import WEIGHTS, apply_lora, load_lora, lora_tensors, merge_lora, save_lora
+from policy_server.vla.lora import WEIGHTS, load_lora, lora_tensors, merge_lora, save_lora
 from protos import episode_pb2, rollout_pb2, session_pb2
 from protos.episode_file import HELPERS, Episode
 from rl_trainer.curriculum import Curriculum
@@ -46,7 +45,7 @@ from rl_trainer.session_report import film, write_session_report
 from rl_trainer.shaping import shaped_rewards
 from rl_trainer.suite import catalogue, cells_of
 from rl_trainer.tally import Tally
-from rl_trainer.train import reward_of
+from rl_trainer.train import begin_adapter, reward_of
 from rl_trainer.trajectories import RefusedEpisode, Trajectory, TrajectoryReader
 
 STATE, RECORD, VERSIONS = "session.safetensors", "session.json", "versions"
@@ -445,10 +444,7 @@ def make_learner(config: SessionConfig) -> tuple[Learner, Checkpoint]:
     how = {"dtype": config.dtype, "device": compute_device(config.device)}
     checkpoint, reference = load_checkpoint(config.model, **how), None
     if config.adapter is None:
-        if config.learner.loss.reference_weight:
-            reference = sharing(checkpoint.model, checkpoint.model.state_dict())
-        torch.manual_seed(config.seed)
-        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+        reference = begin_adapter(checkpoint.model, config)
     else:
         load_lora(checkpoint.model, config.adapter)
         if config.freeze_vision:

@@ -27,6 +27,7 @@ import torch
 from policy_server.vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from policy_server.vla.derived import sharing
 from policy_server.vla.lora import apply_lora, save_lora
+from policy_server.vla.model import VLA
 from protos import episode_pb2, rollout_pb2
 from protos.machine import cores
 from rl_trainer.curriculum import Cell, Curriculum
@@ -120,21 +121,26 @@ def make_learner(config: TrainConfig, ranks: Ranks) -> tuple[Learner, Checkpoint
     torch.set_num_threads(config.threads)
     device = compute_device(config.device)
     checkpoint, reference = load_checkpoint(config.model, dtype=config.dtype, device=device), None
-    if config.learner.loss.reference_weight:
-        if config.lora_rank:  # an adapter leaves the base as it is
-            reference = sharing(checkpoint.model, checkpoint.model.state_dict())
-        else:
-            reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
     if config.lora_rank:
-        torch.manual_seed(config.seed)
-        apply_lora(checkpoint.model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
-    elif config.freeze_vision:
-        checkpoint.model.freeze_vision()
+        reference = begin_adapter(checkpoint.model, config)
+    else:
+        if config.freeze_vision:
+            checkpoint.model.freeze_vision()
+        if config.learner.loss.reference_weight:
+            reference = load_checkpoint(config.model, dtype=config.dtype, device=device).model
     learner = Learner(checkpoint.model, config.learner, reference=reference, ranks=ranks, seed=config.seed)
     if config.resume:
         _, tensors = TrainState.load(config.out / STATE)
         learner.load(tensors)
     return learner, checkpoint
+
+
+def begin_adapter(model: VLA, config: TrainConfig | SessionConfig) -> VLA | None:
+    """Gives the model a fresh adapter.  Returns the policy to hold on to, if any: the base, which stays as it is."""
+    reference = sharing(model, model.state_dict()) if config.learner.loss.reference_weight else None
+    torch.manual_seed(config.seed)
+    apply_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, vision=not config.freeze_vision)
+    return reference
 
 
 def reward_of(config: TrainConfig | SessionConfig, checkpoint: Checkpoint) -> RewardModel | None:

@@ -64,6 +64,7 @@ def openvla_7b() -> VLAConfig:
     ("between_s", "pass_s", "requests"),
     [
         (0.1, 0.12, 3.0),  # b = 2 (0.12 + 0.01 b) / 0.1
+        (0.1, 0.24, 6.0),  # more than come while one waits
         (0.1, 0.04, 3.0),  # the pass is over before the next request comes, who waits 100 ms: 1 + 2 * 0.1 / 0.1
         (0.04, 0.12, 8.0),  # 12 would come, but 8 episodes are under way
         (0.02, 0.12, 8.0),  # the server cannot keep up
